@@ -1,0 +1,29 @@
+//! The machine: a guest that can be built, booted, stopped exactly, captured, restored and run again.
+//!
+//! This crate knows KVM and devices. It knows no peer, no epoch number and no socket: whoever protects a machine does so through
+//! [`machine::Machine`], which two machines implement, [`kvm::KvmMachine`] and [`model::ModelMachine`] (for hosts without KVM,
+//! and for tests). Modules in reading order:
+//!
+//! * [`config`]: what a machine is made of; both hosts build the same one
+//! * [`memory`]: guest RAM, page by page
+//! * [`dirty`]: which pages were written, and how the answer survives a failure
+//! * [`section`]: one versioned piece of machine state
+//! * [`outputs`]: where everything externally visible leaves, and where frames come in
+//! * [`machine`]: the trait
+//! * [`pause`]: the guard without which nothing can be captured
+
+pub mod config;
+pub mod dirty;
+pub mod machine;
+pub mod memory;
+pub mod outputs;
+pub mod pause;
+pub mod section;
+
+pub use config::{ClockPolicy, Fact, MachineConfig, NicConfig};
+pub use dirty::{DirtyLedger, DirtySet};
+pub use machine::{Machine, MachineEvent};
+pub use memory::{GuestRam, PAGE_SIZE, PageNo};
+pub use outputs::{FramePort, Outputs};
+pub use pause::{PauseTimings, PausedVm};
+pub use section::{Section, SectionKind};
