@@ -5,9 +5,7 @@ use std::os::fd::OwnedFd;
 
 use rustix::fs::MemfdFlags;
 use vm_memory::bitmap::AtomicBitmap;
-use vm_memory::{
-    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
-};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 /// Bytes in a page.
 pub const PAGE_SIZE: usize = 4096;
@@ -143,6 +141,6 @@ impl GuestRam {
 
     /// Takes the bitmap of the VMM's own writes, one vector of words for each region, and clears it.
     pub(crate) fn take_own_writes(&self) -> Vec<Vec<u64>> {
-        self.memory.iter().map(|region| region.bitmap().get_and_reset()).collect()
+        self.memory.iter().map(|region| MmapRegion::bitmap(region).get_and_reset()).collect()
     }
 }
