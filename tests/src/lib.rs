@@ -1,1 +1,3 @@
-//! Being written.
+//! What the tests of the pair share.
+
+pub mod real;

@@ -1,0 +1,106 @@
+//! The programs under test, and the guest image: built when they are not up to date.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use super::{Error, MachineKind, Result, tools};
+
+/// Paths of what a pair is made of.
+#[derive(Clone, Debug)]
+pub struct Artifacts {
+    /// Where `ft-primary`, `ft-backup` and `ftctl` are.
+    pub bin: PathBuf,
+    /// The demo guest, when the machine is a KVM one.
+    pub guest: Option<PathBuf>,
+}
+
+impl Artifacts {
+    /// Builds what is needed for `machine`, telling `progress` about each step. With `FT_BIN_DIR` set, the programs are taken
+    /// from there as they are; with `FT_GUEST` set, likewise the image.
+    pub fn build(machine: MachineKind, mut progress: impl FnMut(&str)) -> Result<Self> {
+        let bin = match std::env::var_os("FT_BIN_DIR") {
+            Some(dir) => PathBuf::from(dir),
+            None => {
+                progress("building ft-primary, ft-backup and ftctl");
+                build_programs()?
+            }
+        };
+        let guest = match (machine, std::env::var_os("FT_GUEST")) {
+            (MachineKind::Model, _) => None,
+            (MachineKind::Kvm, Some(image)) => Some(PathBuf::from(image)),
+            (MachineKind::Kvm, None) => {
+                progress("building the demo guest");
+                Some(build_guest()?)
+            }
+        };
+        Ok(Self { bin, guest })
+    }
+
+    /// Path of one of the programs.
+    #[must_use]
+    pub fn program(&self, name: &str) -> PathBuf {
+        self.bin.join(name)
+    }
+}
+
+/// The workspace's root.
+#[must_use]
+pub fn workspace() -> PathBuf {
+    let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
+    tests.parent().map_or_else(|| tests.to_path_buf(), Path::to_path_buf)
+}
+
+/// Builds with the profile that the caller was built with, into the directory where the caller is, so that nothing is built twice.
+fn build_programs() -> Result<PathBuf> {
+    let mut command = cargo();
+    command.args(["build", "--quiet", "-p", "primary", "-p", "backup", "-p", "failover", "--bins"]);
+    let profile = if cfg!(debug_assertions) { "debug" } else { "release" };
+    if profile == "release" {
+        command.arg("--release");
+    }
+    let exe = std::env::current_exe().map_err(Error::io("cannot tell where this program is"))?;
+    // Tests are one directory further down, in deps/.
+    let dir = exe.ancestors().find(|dir| dir.ends_with(profile)).ok_or_else(|| {
+        Error::answer(
+            exe.display().to_string(),
+            "is not in a cargo target directory; set FT_BIN_DIR to where ft-primary is",
+        )
+    })?;
+    let target = dir.parent().ok_or_else(|| Error::answer(dir.display().to_string(), "has no parent directory"))?;
+    command.arg("--target-dir").arg(target);
+    run(command)?;
+    Ok(dir.to_path_buf())
+}
+
+/// Builds the demo guest's workspace into its own target directory.
+fn build_guest() -> Result<PathBuf> {
+    let root = workspace().join("examples/guest-kv");
+    let target = root.join("target");
+    let mut command = cargo();
+    command.args(["build", "--quiet", "--release", "--manifest-path"]).arg(root.join("Cargo.toml"));
+    command.arg("--target-dir").arg(&target);
+    run(command)?;
+    let places = ["x86_64-unknown-linux-gnu/release/guest-kv", "release/guest-kv"];
+    places
+        .iter()
+        .map(|place| target.join(place))
+        .find(|path| path.is_file())
+        .ok_or_else(|| Error::answer(target.display().to_string(), "the build left no guest-kv there"))
+}
+
+fn cargo() -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(workspace());
+    command
+}
+
+fn run(mut command: Command) -> Result<()> {
+    let name = tools::describe(&command);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    let output = command.output().map_err(|e| tools::start_error("cargo", e))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let detail = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    Err(Error::Command { command: name, detail: format!("{}:\n{detail}", output.status) })
+}

@@ -1,0 +1,345 @@
+//! Two hosts, their processes, and everything that a test or the demo does to them.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use tempfile::TempDir;
+
+use super::artifacts::Artifacts;
+use super::client::{Writer, WriterConfig};
+use super::daemon::{self, Daemon};
+use super::events::{self, Event};
+use super::network::{GUEST_IP, GUEST_MAC, GUEST_PORT, Network, TAP, Wire, replication_ip};
+use super::resp::{Connection, Reply};
+use super::status::Status;
+use super::tools::{self, Finished};
+use super::{Error, MachineKind, Node, Result, clock};
+
+/// How often files and connections are looked at while something is waited for.
+const POLL: Duration = Duration::from_millis(3);
+/// How long `ftctl` may take.
+const CTL_LIMIT: Duration = Duration::from_secs(20);
+
+/// What the pair is made of.
+#[derive(Clone, Debug)]
+pub struct PairOptions {
+    /// KVM or model.
+    pub machine: MachineKind,
+    /// Guest RAM as `pair.toml` has it.
+    pub memory: String,
+    /// Number of vCPUs.
+    pub vcpus: u8,
+    /// Epoch interval as `pair.toml` has it.
+    pub epoch: String,
+    /// Words added to the guest's command line.
+    pub cmdline: String,
+    /// Lines added to `pair.toml`, whole tables.
+    pub extra: String,
+}
+
+impl PairOptions {
+    /// What the demo uses without flags.
+    #[must_use]
+    pub fn new(machine: MachineKind) -> Self {
+        Self {
+            machine,
+            memory: "256MiB".into(),
+            vcpus: 1,
+            epoch: "25ms".into(),
+            cmdline: String::new(),
+            extra: String::new(),
+        }
+    }
+}
+
+/// Two hosts with their wires, a directory for their files, and the processes that run on them.
+pub struct Pair {
+    // Declared first: processes end before their namespaces and files go.
+    a: Option<Daemon>,
+    b: Option<Daemon>,
+    network: Network,
+    artifacts: Artifacts,
+    dir: TempDir,
+    config: PathBuf,
+}
+
+impl Pair {
+    /// Builds wires and files; starts nothing.
+    pub fn prepare(artifacts: Artifacts, options: &PairOptions) -> Result<Self> {
+        let network = Network::new()?;
+        let dir = tempfile::Builder::new()
+            .prefix("ft-pair-")
+            .tempdir()
+            .map_err(Error::io("cannot make a directory for the pair's files"))?;
+        for node in Node::BOTH {
+            let state = dir.path().join(node.as_str());
+            fs::create_dir(&state).map_err(Error::io(format!("cannot make {}", state.display())))?;
+        }
+        let config = dir.path().join("pair.toml");
+        let text = config_text(dir.path(), artifacts.guest.as_deref(), options);
+        fs::write(&config, text).map_err(Error::io(format!("cannot write {}", config.display())))?;
+        Ok(Self { a: None, b: None, network, artifacts, dir, config })
+    }
+
+    /// Builds everything, starts the backup on B and the primary on A.
+    pub fn start(artifacts: Artifacts, options: &PairOptions) -> Result<Self> {
+        let mut pair = Self::prepare(artifacts, options)?;
+        pair.start_backup(Node::B)?;
+        pair.start_primary(Node::A, &[])?;
+        Ok(pair)
+    }
+
+    /// The wires.
+    #[must_use]
+    pub fn network(&self) -> &Network {
+        &self.network
+    }
+
+    /// The directory with `pair.toml`, the logs and both state directories.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// `pair.toml`.
+    #[must_use]
+    pub fn config(&self) -> &Path {
+        &self.config
+    }
+
+    /// The programs.
+    #[must_use]
+    pub fn artifacts(&self) -> &Artifacts {
+        &self.artifacts
+    }
+
+    /// Starts `ft-primary` on a host, in place of what ran there.
+    pub fn start_primary(&mut self, node: Node, flags: &[&str]) -> Result<()> {
+        self.start_daemon(node, "ft-primary", flags)
+    }
+
+    /// Starts `ft-backup` on a host, in place of what ran there.
+    pub fn start_backup(&mut self, node: Node) -> Result<()> {
+        self.start_daemon(node, "ft-backup", &[])
+    }
+
+    fn start_daemon(&mut self, node: Node, program: &str, flags: &[&str]) -> Result<()> {
+        *self.slot(node) = None;
+        let mut command = Command::new(self.artifacts.program(program));
+        command.arg("--config").arg(&self.config).args(["--node", node.as_str()]).args(flags);
+        command.env("RUST_LOG", std::env::var("RUST_LOG").unwrap_or_else(|_| "info".into()));
+        let daemon = Daemon::start(node, self.network.host(node), command, &self.log(node))?;
+        *self.slot(node) = Some(daemon);
+        Ok(())
+    }
+
+    fn slot(&mut self, node: Node) -> &mut Option<Daemon> {
+        match node {
+            Node::A => &mut self.a,
+            Node::B => &mut self.b,
+        }
+    }
+
+    /// The process on a host.
+    ///
+    /// # Panics
+    /// If none was started there.
+    pub fn daemon(&mut self, node: Node) -> &mut Daemon {
+        self.slot(node).as_mut().expect("a process was started on this host")
+    }
+
+    fn log(&self, node: Node) -> PathBuf {
+        self.dir.path().join(format!("{node}.log"))
+    }
+
+    /// Kills the process on a host as a crash would. Returns the time in microseconds.
+    pub fn kill(&mut self, node: Node) -> Result<u64> {
+        self.daemon(node).kill()
+    }
+
+    /// Kills a host as a power cut would: its cables go dead first, so that nobody hears its kernel close connections. Returns the
+    /// time just before the first cable in microseconds.
+    pub fn kill_host(&mut self, node: Node) -> Result<u64> {
+        let at = clock::mono_us();
+        self.network.cut(&[Wire::Replication, Wire::Lan(node)])?;
+        self.kill(node)?;
+        Ok(at)
+    }
+
+    /// Sends a signal to the process on a host.
+    pub fn signal(&mut self, node: Node, signal: Signal) -> Result<()> {
+        self.daemon(node).signal(signal)
+    }
+
+    /// The events of a host's process from `since_us` on.
+    pub fn events(&self, node: Node, since_us: u64) -> Result<Vec<Event>> {
+        events::read(&self.dir.path().join(node.as_str()).join("events.jsonl"), since_us)
+    }
+
+    /// Waits until a host's event log has an event as `wanted` from `since_us` on. Fails early when the process ends.
+    pub fn wait_event(
+        &mut self,
+        node: Node,
+        since_us: u64,
+        limit: Duration,
+        what: &str,
+        wanted: impl Fn(&Event) -> bool,
+    ) -> Result<Event> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let log = self.events(node, since_us)?;
+            if let Some(event) = log.iter().find(|event| wanted(event)) {
+                return Ok(event.clone());
+            }
+            self.daemon(node).check()?;
+            if Instant::now() >= deadline {
+                let words: Vec<String> =
+                    log.iter().map(|e| format!("{}:{}", e.event, e.to.as_deref().unwrap_or(""))).collect();
+                let detail =
+                    format!("events since: [{}]; its last lines:\n{}", words.join(" "), self.daemon(node).log_tail());
+                return Err(Error::Timeout { what: format!("{what} on {node}"), waited: limit, detail });
+            }
+            thread::sleep(POLL);
+        }
+    }
+
+    /// Waits until the process on a host is in `state`: its last change went there.
+    pub fn wait_state(&mut self, node: Node, state: &str, limit: Duration) -> Result<()> {
+        let since = self.daemon(node).started_us();
+        let deadline = Instant::now() + limit;
+        loop {
+            let log = self.events(node, since)?;
+            if log.iter().rev().find(|e| e.event == "state").is_some_and(|e| e.enters(state)) {
+                return Ok(());
+            }
+            self.daemon(node).check()?;
+            if Instant::now() >= deadline {
+                let states: Vec<&str> = log.iter().filter_map(|e| e.to.as_deref()).collect();
+                let detail = format!("states since: {states:?}; its last lines:\n{}", self.daemon(node).log_tail());
+                return Err(Error::Timeout { what: format!("state {state} on {node}"), waited: limit, detail });
+            }
+            thread::sleep(POLL);
+        }
+    }
+
+    /// Waits until A runs protected by B.
+    pub fn wait_protected(&mut self, limit: Duration) -> Result<()> {
+        let deadline = Instant::now() + limit;
+        loop {
+            // A primary whose backup has died waits for ever; say which one is to blame.
+            for node in Node::BOTH {
+                if let Some(daemon) = self.slot(node) {
+                    daemon.check()?;
+                }
+            }
+            let step = Duration::from_millis(200).min(deadline.saturating_duration_since(Instant::now()));
+            match self.wait_state(Node::A, "protected", step) {
+                Err(Error::Timeout { .. }) if Instant::now() < deadline => {}
+                result => return result,
+            }
+        }
+    }
+
+    /// Runs `ftctl` against a host's process.
+    pub fn ftctl(&self, node: Node, words: &[&str]) -> Result<Finished> {
+        let mut command = Command::new(self.artifacts.program("ftctl"));
+        command.arg("--config").arg(&self.config).args(["--node", node.as_str()]).args(words);
+        tools::run(self.network.host(node), command, "", CTL_LIMIT)
+    }
+
+    /// What a host's process says about itself.
+    pub fn status(&self, node: Node) -> Result<Status> {
+        // The exit code tells the state; a document is there whatever it is.
+        let said = self.ftctl(node, &["status", "--output", "json"])?;
+        if said.stdout.trim().is_empty() {
+            return said.success("ftctl status").and_then(|text| Status::parse(&text));
+        }
+        Status::parse(&said.stdout)
+    }
+
+    /// Connects to the guest and waits for its PONG, trying again until `limit`.
+    pub fn wait_guest(&self, limit: Duration) -> Result<Connection> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let tried = Connection::open(self.network.client(), Duration::from_secs(2)).and_then(|mut connection| {
+                let pong = connection.call(&["PING"]).map_err(Error::io("PING"))?;
+                match pong {
+                    Reply::Simple(text) if text == "PONG" => Ok(connection),
+                    other => Err(Error::answer("PING", format!("{other:?}"))),
+                }
+            });
+            match tried {
+                Ok(connection) => return Ok(connection),
+                Err(e) if Instant::now() >= deadline => {
+                    return Err(Error::Timeout {
+                        what: "the guest's answer to PING".into(),
+                        waited: limit,
+                        detail: format!("{e}\n{}", self.logs()),
+                    });
+                }
+                Err(_) => thread::sleep(POLL),
+            }
+        }
+    }
+
+    /// Starts the demo's client.
+    pub fn start_writer(&self, config: WriterConfig) -> Result<Writer> {
+        Writer::start(self.network.client(), config)
+    }
+
+    /// Runs a program in the client's namespace.
+    pub fn run_client(&self, program: &str, words: &[&str], limit: Duration) -> Result<Finished> {
+        let mut command = Command::new(program);
+        command.args(words);
+        tools::run(self.network.client(), command, "", limit)
+    }
+
+    /// The last lines of both logs, and where the rest is.
+    #[must_use]
+    pub fn logs(&self) -> String {
+        let tail = |node| daemon::tail(&self.log(node));
+        format!("--- a ---\n{}--- b ---\n{}", tail(Node::A), tail(Node::B))
+    }
+
+    /// Keeps the directory with the logs after this value is gone.
+    pub fn keep_files(&mut self) {
+        self.dir.disable_cleanup(true);
+    }
+}
+
+impl Drop for Pair {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.keep_files();
+            eprintln!("{}files of the pair: {}", self.logs(), self.dir.path().display());
+        }
+    }
+}
+
+/// `pair.toml` for two hosts in namespaces.
+fn config_text(dir: &Path, guest: Option<&Path>, options: &PairOptions) -> String {
+    let PairOptions { machine, memory, vcpus, epoch, cmdline, extra } = options;
+    let mac = GUEST_MAC.map(|byte| format!("{byte:02x}")).join(":");
+    let kernel = guest.map_or(String::new(), |path| format!("kernel = {:?}\n", path.display().to_string()));
+    let at = dir.display();
+    let mut text = format!(
+        "[vm]\nname = \"demo\"\nid = \"0d5e0f7a-6b0e-4c55-9a0c-77000a10ca5e\"\nmachine = \"{machine}\"\nmemory = \"{memory}\"\nvcpus = {vcpus}\n\
+         {kernel}cmdline = \"ip={GUEST_IP}/24 gw=10.77.0.1 port={GUEST_PORT} {cmdline}\"\nmac = \"{mac}\"\n\n\
+         [epoch]\ninterval = \"{epoch}\"\n\n\
+         [arbiter]\nkind = \"file\"\npath = \"{at}/arbiter.json\"\n\n\
+         # The replication link is a wire between two namespaces of one machine.\n[link]\ninsecure_lab = true\n\n"
+    );
+    for node in Node::BOTH {
+        let ip = replication_ip(node);
+        text.push_str(&format!(
+            "[nodes.{node}]\nreplication = \"{ip}:7400\"\ntap = \"{TAP}\"\ncontrol = \"{at}/{node}/control.sock\"\n\
+             health = \"127.0.0.1:7480\"\nconsole = \"{at}/{node}/console.log\"\nstate_dir = \"{at}/{node}\"\n\n"
+        ));
+    }
+    text.push_str(extra);
+    text
+}
