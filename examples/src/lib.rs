@@ -1,1 +1,3 @@
-//! Being written.
+//! Programs that show what the pair does.
+
+pub mod demo;

@@ -39,6 +39,8 @@ pub struct PairOptions {
     pub cmdline: String,
     /// Lines added to `pair.toml`, whole tables.
     pub extra: String,
+    /// Where the pair's directory is made; the system's directory for temporary files when there is none.
+    pub files: Option<PathBuf>,
 }
 
 impl PairOptions {
@@ -52,6 +54,7 @@ impl PairOptions {
             epoch: "25ms".into(),
             cmdline: String::new(),
             extra: String::new(),
+            files: None,
         }
     }
 }
@@ -71,9 +74,10 @@ impl Pair {
     /// Builds wires and files; starts nothing.
     pub fn prepare(artifacts: Artifacts, options: &PairOptions) -> Result<Self> {
         let network = Network::new()?;
+        let parent = options.files.clone().unwrap_or_else(std::env::temp_dir);
         let dir = tempfile::Builder::new()
             .prefix("ft-pair-")
-            .tempdir()
+            .tempdir_in(parent)
             .map_err(Error::io("cannot make a directory for the pair's files"))?;
         for node in Node::BOTH {
             let state = dir.path().join(node.as_str());
@@ -322,7 +326,7 @@ impl Drop for Pair {
 
 /// `pair.toml` for two hosts in namespaces.
 fn config_text(dir: &Path, guest: Option<&Path>, options: &PairOptions) -> String {
-    let PairOptions { machine, memory, vcpus, epoch, cmdline, extra } = options;
+    let PairOptions { machine, memory, vcpus, epoch, cmdline, extra, files: _ } = options;
     let mac = GUEST_MAC.map(|byte| format!("{byte:02x}")).join(":");
     let kernel = guest.map_or(String::new(), |path| format!("kernel = {:?}\n", path.display().to_string()));
     let at = dir.display();

@@ -1,0 +1,93 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use ::tests::real::MachineKind;
+use clap::{Parser, ValueEnum};
+
+/// Starts a protected guest on two hosts in network namespaces, kills the primary under load, and shows that a client's
+/// connection survives and nothing that it was told is lost.
+#[derive(Debug, Parser)]
+#[command(name = "cargo demo --", version)]
+pub(super) struct Args {
+    /// Also write the result as JSON (schema ft.demo/1). With --runs, the figures at the top are medians and `runs` has each run.
+    #[arg(long, value_name = "FILE")]
+    pub(super) json: Option<PathBuf>,
+    /// What the guest is made of; `model` needs no KVM.
+    #[arg(long, value_enum, default_value_t = Machine::Kvm)]
+    pub(super) machine: Machine,
+    /// Time between two checkpoints.
+    #[arg(long, default_value = "25ms")]
+    pub(super) epoch: String,
+    /// Guest memory.
+    #[arg(long, default_value = "256MiB")]
+    pub(super) memory: String,
+    /// Pages that the guest writes each second beside its work.
+    #[arg(long, value_name = "PAGES/S", default_value_t = 0)]
+    pub(super) dirty_rate: u32,
+    /// vCPUs of the guest.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=2))]
+    pub(super) vcpus: u8,
+    /// What dies: the process alone, or its host (its cables go dead first).
+    #[arg(long, value_enum, default_value_t = Kill::Process)]
+    pub(super) kill: Kill,
+    /// Runs one after the other, each with a kill at another moment.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub(super) runs: u32,
+    /// Decides the values written and the moment of the kill; random if not given.
+    #[arg(long)]
+    pub(super) seed: Option<u64>,
+    /// Writes that the client has under way at once on its connection.
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=1_000))]
+    pub(super) window: u16,
+    /// Kill nothing: leave the protected pair running to play with, until Ctrl-C.
+    #[arg(long, conflicts_with_all = ["runs", "json", "kill"])]
+    pub(super) keep: bool,
+}
+
+/// See [`MachineKind`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum Machine {
+    /// A KVM virtual machine that boots the demo guest
+    Kvm,
+    /// A machine modelled in software, with the same server in it
+    Model,
+}
+
+impl From<Machine> for MachineKind {
+    fn from(machine: Machine) -> Self {
+        match machine {
+            Machine::Kvm => Self::Kvm,
+            Machine::Model => Self::Model,
+        }
+    }
+}
+
+/// What dies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum Kill {
+    /// SIGKILL to the primary's process; its host's kernel closes its connections
+    Process,
+    /// Both cables of the primary's host are cut, then its process is killed: nobody hears anything
+    Host,
+}
+
+impl Kill {
+    /// For people and for the JSON report.
+    pub(super) fn as_str(self) -> &'static str {
+        match self {
+            Self::Process => "process",
+            Self::Host => "host",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn command_line_is_consistent() {
+        super::Args::command().debug_assert();
+    }
+}
