@@ -1,0 +1,252 @@
+//! The guest from the start to the end: set up, then the one loop that everything happens in.
+
+use alloc::vec;
+use alloc::vec::Vec;
+use core::convert::Infallible;
+
+use kv::cmdline::{self, Options};
+use kv::resp::OutOfMemory;
+use kv::{Machine, Store};
+use smoltcp::iface::{Config, Interface, PollIngressSingleResult, PollResult, SocketSet};
+use smoltcp::time::Instant;
+use smoltcp::wire::{EthernetAddress, HardwareAddress, IpCidr, Ipv4Address};
+
+use crate::clock::Clock;
+use crate::console::println;
+use crate::dirty::DirtyLoad;
+use crate::net::Net;
+use crate::serve::{self, Connection, Server};
+use crate::{apic, boot, heap, pvh};
+
+/// Frames taken from the device before the requests in them are served.
+const INGRESS_BATCH: usize = 64;
+/// Least RAM in bytes: below this the sockets' buffers do not fit.
+const MIN_RAM: u64 = 16 << 20;
+
+/// What commands may ask of the machine.
+struct Guest {
+    clock: Clock,
+    dirty: DirtyLoad,
+    counters: Counters,
+    connected: usize,
+    power_off: bool,
+}
+
+/// Counted by the loop.
+#[derive(Default)]
+struct Counters {
+    received: u64,
+    sent: u64,
+    rounds: u64,
+    sleeps: u64,
+}
+
+impl Machine for Guest {
+    fn uptime_ms(&self) -> u64 {
+        self.clock.now_ns() / 1_000_000
+    }
+
+    fn counters(&self, line: &mut dyn FnMut(&str, u64)) {
+        line("device_interrupts", boot::device_interrupts());
+        line("timer_interrupts", boot::timer_interrupts());
+        line("frames_received", self.counters.received);
+        line("frames_sent", self.counters.sent);
+        line("loop_rounds", self.counters.rounds);
+        line("sleeps", self.counters.sleeps);
+        line("pages_dirtied", self.dirty.written());
+        line("connections", u64::try_from(self.connected).unwrap_or(u64::MAX));
+        line("heap_bytes", u64::try_from(heap::used()).unwrap_or(u64::MAX));
+        line("uptime_ms", self.uptime_ms());
+        line("tsc_khz", self.clock.tsc_khz());
+    }
+
+    fn dirty(&mut self, pages_per_second: u64, pages: Option<u64>) -> Result<(), OutOfMemory> {
+        self.dirty.configure(pages_per_second, pages, self.clock.now_ns())
+    }
+
+    fn connected(&self) -> usize {
+        self.connected
+    }
+
+    fn heap_used(&self) -> usize {
+        heap::used()
+    }
+
+    fn power_off(&mut self) {
+        self.power_off = true;
+    }
+
+    fn crash(&mut self) {
+        println(format_args!("guest-kv: crashing, as ordered"));
+        boot::crash()
+    }
+}
+
+/// Runs the guest.
+///
+/// # Errors
+/// Why it cannot start.
+#[expect(unsafe_code, reason = "claims the heap and the devices")]
+pub(crate) fn run(start_info: u64) -> Result<Infallible, &'static str> {
+    let handover = pvh::read_handover(start_info, boot::image_end())?;
+    println(format_args!("guest-kv: command line {:?}", handover.command_line()));
+    let options = cmdline::parse(handover.command_line()).map_err(|bad| {
+        println(format_args!("guest-kv: cannot understand {:?} on the command line", bad.0));
+        "bad command line"
+    })?;
+    let (start, size) = handover.ram;
+    let size = size.min(options.heap.unwrap_or(u64::MAX));
+    // SAFETY: RAM after the image and its stack; what the VMM left there has been copied out.
+    if size < MIN_RAM || !unsafe { heap::claim(start, size) } {
+        return Err("too little RAM");
+    }
+    apic::init();
+    let clock = Clock::calibrate();
+    let mut net = find_net(&options)?;
+    let interface = configure(&options, &mut net);
+    let [a, b, c, d] = options.address;
+    let mac = EthernetAddress(net.mac());
+    let kind = if net.is_legacy() { "legacy" } else { "modern" };
+    let (mib, mhz) = (size >> 20, clock.tsc_khz() / 1000);
+    println(format_args!(
+        "guest-kv ready {a}.{b}.{c}.{d}:{} mac {mac} ({kind} virtio-net) heap {mib} MiB tsc {mhz} MHz",
+        options.port
+    ));
+    let guest = Guest { clock, dirty: DirtyLoad::new(), counters: Counters::default(), connected: 0, power_off: false };
+    Loop::new(interface, net, guest, &options).run()
+}
+
+/// The first network device of the command line; every device gets its interrupt routed.
+#[expect(unsafe_code, reason = "touches the registers that the command line names")]
+fn find_net(options: &Options) -> Result<Net, &'static str> {
+    for device in options.devices() {
+        let Some(address) = u32::try_from(device.address).ok().filter(|_| device.size >= 0x108) else { continue };
+        // SAFETY: the VMM says that there are virtio-mmio registers; each device is probed once.
+        let Some(net) = (unsafe { Net::probe(device) }) else { continue };
+        let net = net?;
+        if !boot::set_device(device.irq, address) || !apic::route(device.irq) {
+            return Err("the network device's interrupt is not an input of the first I/O APIC");
+        }
+        return Ok(net);
+    }
+    Err("no network device: the command line names none as virtio_mmio.device=<size>@<address>:<irq>")
+}
+
+fn configure(options: &Options, net: &mut Net) -> Interface {
+    let mut config = Config::new(HardwareAddress::Ethernet(EthernetAddress(net.mac())));
+    config.random_seed = boot::tsc();
+    let mut interface = Interface::new(config, net, Instant::ZERO);
+    interface.update_ip_addrs(|addresses| {
+        // There is room for one.
+        let _ = addresses.push(IpCidr::new(Ipv4Address::from(options.address).into(), options.prefix));
+    });
+    if let Some(gateway) = options.gateway {
+        // Likewise.
+        let _ = interface.routes_mut().add_default_ipv4_route(gateway.into());
+    }
+    interface
+}
+
+/// Everything that lives as long as the guest.
+struct Loop {
+    interface: Interface,
+    net: Net,
+    sockets: SocketSet<'static>,
+    connections: Vec<Connection>,
+    server: Server<Guest>,
+    /// Nanoseconds between two lines of counters, and when the next is due.
+    report: Option<(u64, u64)>,
+}
+
+impl Loop {
+    fn new(interface: Interface, net: Net, guest: Guest, options: &Options) -> Self {
+        let mut sockets = SocketSet::new(vec![]);
+        let connections = serve::connections(&mut sockets);
+        let report = options.counters.map(|seconds| (u64::from(seconds) * 1_000_000_000, 0));
+        let server = Server::new(Store::new(boot::tsc()), guest, options.port);
+        Self { interface, net, sockets, connections, server, report }
+    }
+
+    fn run(mut self) -> ! {
+        loop {
+            // Whatever interrupts from here on is a reason not to sleep at the end.
+            let seen = boot::events();
+            let now = self.server.machine.clock.now_ns();
+            if self.round(now) {
+                continue;
+            }
+            if self.server.machine.power_off && self.net.is_drained() {
+                boot::power_off();
+            }
+            self.sleep(seen);
+        }
+    }
+
+    /// Takes frames, serves requests, sends frames, dirties pages. True if there is more to do.
+    fn round(&mut self, now: u64) -> bool {
+        let instant = instant(now);
+        let guest = &mut self.server.machine;
+        guest.counters.rounds += 1;
+        self.server.store.set_now(now / 1_000_000);
+        self.interface.poll_maintenance(instant);
+        let mut busy = true;
+        for _ in 0..INGRESS_BATCH {
+            let result = self.interface.poll_ingress_single(instant, &mut self.net, &mut self.sockets);
+            if result == PollIngressSingleResult::None {
+                busy = false;
+                break;
+            }
+        }
+        busy |= self.server.serve(&mut self.connections, &mut self.sockets, instant.total_micros());
+        while self.interface.poll_egress(instant, &mut self.net, &mut self.sockets) != PollResult::None {}
+        self.net.flush();
+        let guest = &mut self.server.machine;
+        (guest.counters.received, guest.counters.sent) = self.net.frames();
+        guest.connected = serve::connected(&self.connections);
+        busy |= guest.dirty.work(now);
+        self.report_counters(now);
+        busy
+    }
+
+    /// Sleeps until there is something to do, unless there is already.
+    fn sleep(&mut self, seen: u32) {
+        let guest = &mut self.server.machine;
+        let now = guest.clock.now_ns();
+        let network = self.interface.poll_at(instant(now), &self.sockets);
+        let network = network.map(|at| u64::try_from(at.total_micros()).unwrap_or(0).saturating_mul(1000));
+        let report = self.report.map(|(_, at)| at);
+        let deadline = [network, guest.dirty.next(now), report].into_iter().flatten().min();
+        if deadline.is_some_and(|at| at <= now) && !self.net.is_full() {
+            return;
+        }
+        if !self.net.enable_interrupts() {
+            if let Some(at) = deadline.filter(|at| *at > now) {
+                guest.clock.wake_at(at);
+            }
+            guest.counters.sleeps += 1;
+            boot::wait(seen);
+        }
+        self.net.disable_interrupts();
+    }
+
+    fn report_counters(&mut self, now: u64) {
+        let Some((period, at)) = &mut self.report else { return };
+        if now < *at {
+            return;
+        }
+        *at = now + *period;
+        let (received, sent) = self.net.frames();
+        println(format_args!(
+            "guest-kv up {} ms, {} requests, {} keys, {received} frames in, {sent} out, {} device and {} timer interrupts",
+            now / 1_000_000,
+            self.server.requests(),
+            self.server.store.len(),
+            boot::device_interrupts(),
+            boot::timer_interrupts(),
+        ));
+    }
+}
+
+fn instant(ns: u64) -> Instant {
+    Instant::from_micros(i64::try_from(ns / 1000).unwrap_or(i64::MAX))
+}
