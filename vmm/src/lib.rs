@@ -11,19 +11,30 @@
 //! * [`outputs`]: where everything externally visible leaves, and where frames come in
 //! * [`machine`]: the trait
 //! * [`pause`]: the guard without which nothing can be captured
+//! * [`kvm`]: the machine on KVM, put together from the private modules `vcpu` (threads, exits, stopping), `state` (reading and
+//!   writing machine state, in which order and why), `devices` and `boot`
+//! * [`tap`]: ports for frames: a tap device, a socket pair
 
+mod boot;
 pub mod config;
+mod devices;
 pub mod dirty;
+pub mod kvm;
 pub mod machine;
 pub mod memory;
 pub mod outputs;
 pub mod pause;
 pub mod section;
+mod state;
+pub mod tap;
+mod vcpu;
 
-pub use config::{ClockPolicy, Fact, MachineConfig, NicConfig};
+pub use config::{ClockPolicy, Fact, MachineConfig, MachineIo, NicConfig};
 pub use dirty::{DirtyLedger, DirtySet};
+pub use kvm::{BuildError, KvmMachine};
 pub use machine::{Machine, MachineEvent};
 pub use memory::{GuestRam, PAGE_SIZE, PageNo};
 pub use outputs::{FramePort, Outputs};
 pub use pause::{PauseTimings, PausedVm};
 pub use section::{Section, SectionKind};
+pub use tap::{SocketPort, Tap, TapError};

@@ -81,8 +81,10 @@ pub enum MachineEvent {
 pub struct StopTimings {
     /// Parking the devices' host side.
     pub quiesce: Duration,
-    /// From the kick until the last vCPU had completed its exits.
+    /// From the kick until the last vCPU had completed its exits and read its own state.
     pub kick: Duration,
+    /// How much of `kick` the slowest vCPU spent reading its state: done in the same wake-up, so that a pause needs one each way.
+    pub vcpu_state: Duration,
 }
 
 /// Why a guest could not be loaded.
