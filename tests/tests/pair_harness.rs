@@ -1,5 +1,5 @@
 //! The harness itself: wires that can be cut, children that die with their namespace, a client that notices what is lost.
-//! No machine is needed. A stand-in server, `redis-server` where it is installed, plays the guest.
+//! No machine is needed: `redis-server` plays the guest.
 
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -8,6 +8,7 @@ use tests::real::client::{Writer, WriterConfig};
 use tests::real::counters::Counters;
 use tests::real::network::{GUEST_IP, GUEST_MAC, Network, Wire, replication_ip};
 use tests::real::resp::{Connection, Reply};
+use tests::real::scene::tool_wanted;
 use tests::real::watch::{Watch, changes};
 use tests::real::{Node, clock, tools};
 
@@ -16,11 +17,11 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// Puts the guest's addresses on a host's own bridge and a Redis server behind them.
 fn stand_in(network: &Network, node: Node) -> std::process::Child {
     let mac = GUEST_MAC.map(|byte| format!("{byte:02x}")).join(":");
-    network.host(node).ip(&format!("link set br0 address {mac}\naddr add {GUEST_IP}/24 dev br0\n")).unwrap();
+    network.host(node).ip(&format!("link set br0 address {mac}\naddr add {GUEST_IP}/24 dev br0\n")).expect("ip works");
     let mut command = Command::new("redis-server");
     command.args(["--bind", GUEST_IP, "--save", "", "--appendonly", "no", "--protected-mode", "no"]);
     command.stdin(Stdio::null()).stdout(Stdio::null());
-    network.host(node).spawn(command).unwrap()
+    network.host(node).spawn(command).expect("redis-server starts")
 }
 
 fn connect(network: &Network) -> Connection {
@@ -40,7 +41,7 @@ fn replication_works(network: &Network) -> bool {
     // A listener is not needed: a refused connection is an answer as well.
     let probe = format!("exec 3<>/dev/tcp/{}/9; [[ $? == 0 ]] || true", replication_ip(Node::B));
     command.args(["-c", &format!("timeout 1 bash -c '{probe}' 2>&1 | grep -q refused")]);
-    tools::run(network.host(Node::A), command, "", PATIENCE).unwrap().status.success()
+    tools::run(network.host(Node::A), command, "", PATIENCE).expect("bash runs").status.success()
 }
 
 #[test]
@@ -69,8 +70,7 @@ fn children_die_with_their_namespace() {
 /// An outage of the LAN shows as a silence, and nothing is lost over it; the witness sees one host only.
 #[test]
 fn client_survives_a_cut_and_counts() {
-    if tools::require("redis-server").is_err() {
-        eprintln!("skipped: redis-server, which plays the guest here, is not installed");
+    if !tool_wanted("redis-server", "FT_NO_REDIS") {
         return;
     }
     let network = Network::new().unwrap();
@@ -99,8 +99,7 @@ fn client_survives_a_cut_and_counts() {
 /// A server that forgets and alters what it acknowledged is found out.
 #[test]
 fn client_notices_loss_and_change() {
-    if tools::require("redis-server").is_err() {
-        eprintln!("skipped: redis-server, which plays the guest here, is not installed");
+    if !tool_wanted("redis-server", "FT_NO_REDIS") {
         return;
     }
     let network = Network::new().unwrap();

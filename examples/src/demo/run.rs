@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use tests::real::artifacts::Artifacts;
 use tests::real::client::{Writer, WriterConfig};
-use tests::real::pair::{Pair, PairOptions};
+use tests::real::pair::{Pair, PairOptions, START_LIMIT};
 use tests::real::resp::Reply;
 use tests::real::rng::Rng;
 use tests::real::{Error, Node, Result};
@@ -16,8 +16,6 @@ use super::interrupt::Interrupt;
 use super::outcome::{Before, Moments, Outcome};
 use super::screen::Screen;
 
-/// How long the guest may take to boot and to be protected.
-const START_LIMIT: Duration = Duration::from_secs(60);
 /// How long a takeover may take before it counts as none.
 const TAKEOVER_LIMIT: Duration = Duration::from_secs(20);
 /// How long the same connection must work after the takeover.
@@ -105,7 +103,7 @@ pub(super) fn protect(args: &Args, pair: &mut Pair, step: &mut dyn FnMut(&str)) 
     pair.start_primary(Node::A, &[])?;
     let mut guest = pair.wait_guest(START_LIMIT)?;
     step("copying the guest to b");
-    pair.wait_protected(START_LIMIT)?;
+    pair.wait_protected(Node::A, START_LIMIT)?;
     let since = pair.daemon(Node::A).started_us();
     let event = pair.wait_event(Node::A, since, START_LIMIT, "protection", |e| e.enters("protected"))?;
     if args.dirty_rate > 0 {

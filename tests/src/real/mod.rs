@@ -16,6 +16,7 @@ pub mod network;
 pub mod pair;
 pub mod resp;
 pub mod rng;
+pub mod scene;
 pub mod status;
 mod sys;
 pub mod tools;

@@ -21,6 +21,8 @@ use super::{Error, MachineKind, Node, Result, clock};
 
 /// How often files and connections are looked at while something is waited for.
 const POLL: Duration = Duration::from_millis(3);
+/// How long the guest may take to boot and to be protected.
+pub const START_LIMIT: Duration = Duration::from_secs(60);
 /// How long `ftctl` may take.
 const CTL_LIMIT: Duration = Duration::from_secs(20);
 
@@ -89,12 +91,12 @@ impl Pair {
         Ok(Self { a: None, b: None, network, artifacts, dir, config })
     }
 
-    /// Builds everything, starts the backup on B and the primary on A.
-    pub fn start(artifacts: Artifacts, options: &PairOptions) -> Result<Self> {
-        let mut pair = Self::prepare(artifacts, options)?;
-        pair.start_backup(Node::B)?;
-        pair.start_primary(Node::A, &[])?;
-        Ok(pair)
+    /// Starts the backup on B and the primary on A, and waits until the guest answers and is protected.
+    pub fn start_protected(&mut self) -> Result<()> {
+        self.start_backup(Node::B)?;
+        self.start_primary(Node::A, &[])?;
+        self.wait_guest(START_LIMIT)?;
+        self.wait_protected(Node::A, START_LIMIT)
     }
 
     /// The wires.
@@ -230,8 +232,8 @@ impl Pair {
         }
     }
 
-    /// Waits until A runs protected by B.
-    pub fn wait_protected(&mut self, limit: Duration) -> Result<()> {
+    /// Waits until the guest on `owner` is protected by the other side.
+    pub fn wait_protected(&mut self, owner: Node, limit: Duration) -> Result<()> {
         let deadline = Instant::now() + limit;
         loop {
             // A primary whose backup has died waits for ever; say which one is to blame.
@@ -241,7 +243,7 @@ impl Pair {
                 }
             }
             let step = Duration::from_millis(200).min(deadline.saturating_duration_since(Instant::now()));
-            match self.wait_state(Node::A, "protected", step) {
+            match self.wait_state(owner, "protected", step) {
                 Err(Error::Timeout { .. }) if Instant::now() < deadline => {}
                 result => return result,
             }

@@ -1,0 +1,142 @@
+//! What a test of the real pair runs in: one machine kind, one pair at a time, a limit in time, and logs when it fails.
+
+use std::fs::File;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use rustix::fs::{FlockOperation, flock};
+
+use super::artifacts::Artifacts;
+use super::pair::{Pair, PairOptions};
+use super::{MachineKind, Result, tools};
+
+/// No test of the real pair takes longer than this; one that does is ended with the whole test process.
+const LIMIT: Duration = Duration::from_secs(300);
+
+/// Declares each function as a test on both machines: `kvm::name` and `model::name`.
+#[macro_export]
+macro_rules! on_both_machines {
+    ($($name:ident),+ $(,)?) => {
+        mod kvm {
+            $(#[test] fn $name() { $crate::real::scene::play($crate::real::MachineKind::Kvm, stringify!($name), super::$name); })+
+        }
+        mod model {
+            $(#[test] fn $name() { $crate::real::scene::play($crate::real::MachineKind::Model, stringify!($name), super::$name); })+
+        }
+    };
+}
+
+/// What a test is given.
+pub struct Scene {
+    machine: MachineKind,
+    artifacts: Artifacts,
+    pair: Option<Pair>,
+}
+
+impl Scene {
+    /// The machine on which this test runs.
+    #[must_use]
+    pub fn machine(&self) -> MachineKind {
+        self.machine
+    }
+
+    /// The programs under test.
+    #[must_use]
+    pub fn artifacts(&self) -> &Artifacts {
+        &self.artifacts
+    }
+
+    /// Small options, so that a test is quick.
+    #[must_use]
+    pub fn options(&self) -> PairOptions {
+        PairOptions { memory: "128MiB".into(), ..PairOptions::new(self.machine) }
+    }
+
+    /// Wires and files of a pair, nothing started. A pair from before is taken down first.
+    pub fn prepare(&mut self, options: &PairOptions) -> Result<&mut Pair> {
+        self.pair = None;
+        let pair = Pair::prepare(self.artifacts.clone(), options)?;
+        Ok(self.pair.insert(pair))
+    }
+
+    /// A pair whose guest answers and is protected.
+    pub fn protected(&mut self, options: &PairOptions) -> Result<&mut Pair> {
+        let pair = self.prepare(options)?;
+        pair.start_protected()?;
+        Ok(pair)
+    }
+
+    /// A pair with small options whose guest answers and is protected.
+    pub fn protected_small(&mut self) -> Result<&mut Pair> {
+        let options = self.options();
+        self.protected(&options)
+    }
+}
+
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+/// Runs one test: alone on this host, bounded in time, with the logs of both sides when it fails.
+///
+/// # Panics
+/// When the test fails, or what it needs is not there.
+pub fn play(machine: MachineKind, name: &str, test: impl FnOnce(&mut Scene) -> Result<()>) {
+    if machine == MachineKind::Kvm && !kvm_wanted() {
+        return;
+    }
+    // A test that failed before leaves nothing behind that would matter.
+    let _alone_here = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    // Pairs of other test processes would take the processors away that this one's timers need.
+    let path = std::env::temp_dir().join("ft-pair-tests.lock");
+    let lock = File::options().create(true).append(true).open(&path);
+    let _alone_on_this_host =
+        lock.inspect(|file| flock(file, FlockOperation::LockExclusive).expect("a lock can be waited for"));
+    let (done, ended) = channel::<()>();
+    let title = format!("{machine}::{name}");
+    thread::spawn(move || {
+        if ended.recv_timeout(LIMIT) == Err(RecvTimeoutError::Timeout) {
+            eprintln!("{title} took longer than {LIMIT:?}");
+            std::process::abort();
+        }
+    });
+    let artifacts = Artifacts::build(machine, |_| {}).unwrap_or_else(|e| panic!("{e}"));
+    let mut scene = Scene { machine, artifacts, pair: None };
+    if let Err(e) = test(&mut scene) {
+        // Unwinding drops the pair, which then shows and keeps its logs.
+        panic!("{machine}::{name}: {e}");
+    }
+    drop(done);
+}
+
+/// Whether tests on KVM are to run: always, unless `FT_NO_KVM=1` says that this host has none.
+///
+/// # Panics
+/// If KVM cannot be used and nobody said so.
+#[must_use]
+pub fn kvm_wanted() -> bool {
+    if std::env::var_os("FT_NO_KVM").is_some_and(|value| value == "1") {
+        println!("left out: FT_NO_KVM=1");
+        return false;
+    }
+    if let Err(e) = File::options().read(true).write(true).open("/dev/kvm") {
+        panic!("cannot use /dev/kvm ({e}); FT_NO_KVM=1 leaves the tests on KVM out");
+    }
+    true
+}
+
+/// Whether a test that needs a program of the host is to run: always, unless the environment variable `unless` is 1.
+///
+/// # Panics
+/// If the program is missing and nobody said so.
+#[must_use]
+pub fn tool_wanted(tool: &str, unless: &str) -> bool {
+    if std::env::var_os(unless).is_some_and(|value| value == "1") {
+        println!("left out: {unless}=1");
+        return false;
+    }
+    if let Err(e) = tools::require(tool) {
+        panic!("{e}; {unless}=1 leaves the tests out that need it");
+    }
+    true
+}
