@@ -1,11 +1,13 @@
 //! The harness itself: wires that can be cut, children that die with their namespace, a client that notices what is lost.
 //! No machine is needed: `redis-server` plays the guest.
 
-use std::process::{Command, Stdio};
+use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 use tests::real::client::{Writer, WriterConfig};
 use tests::real::counters::Counters;
+use tests::real::daemon::Daemon;
 use tests::real::network::{GUEST_IP, GUEST_MAC, Network, Wire, replication_ip};
 use tests::real::resp::{Connection, Reply};
 use tests::real::scene::tool_wanted;
@@ -15,13 +17,12 @@ use tests::real::{Node, clock, tools};
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Puts the guest's addresses on a host's own bridge and a Redis server behind them.
-fn stand_in(network: &Network, node: Node) -> std::process::Child {
+fn stand_in(network: &Network, node: Node) -> Daemon {
     let mac = GUEST_MAC.map(|byte| format!("{byte:02x}")).join(":");
     network.host(node).ip(&format!("link set br0 address {mac}\naddr add {GUEST_IP}/24 dev br0\n")).expect("ip works");
     let mut command = Command::new("redis-server");
     command.args(["--bind", GUEST_IP, "--save", "", "--appendonly", "no", "--protected-mode", "no"]);
-    command.stdin(Stdio::null()).stdout(Stdio::null());
-    network.host(node).spawn(command).expect("redis-server starts")
+    Daemon::start(node, network.host(node), command, Path::new("/dev/null")).expect("redis-server starts")
 }
 
 fn connect(network: &Network) -> Connection {
@@ -111,7 +112,7 @@ fn client_notices_loss_and_change() {
         std::thread::sleep(Duration::from_millis(1));
     }
     assert_eq!(saboteur.call(&["DEL", "k:3", "k:50"]).unwrap(), Reply::Integer(2));
-    assert_eq!(saboteur.call(&["APPEND", "k:7", "x"]).map(|r| matches!(r, Reply::Integer(_))).unwrap(), true);
+    assert!(matches!(saboteur.call(&["APPEND", "k:7", "x"]).unwrap(), Reply::Integer(_)));
     let report = writer.finish(network.client());
     assert_eq!((report.lost(), report.wrong()), (2, 1));
     assert!(!report.same.complete(report.acks.len()) && !report.fresh.complete(report.acks.len()));
