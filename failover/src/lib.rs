@@ -1,1 +1,16 @@
-//! Being written.
+//! Who may run: the pure decision core, its arbiters, and what operators see of it.
+//!
+//! [`decide`] is the core, the same on both sides. Around it: [`arbiter`] (the record and its compare-and-swap), [`generation`] (what survives a
+//! restart), [`config`] (`pair.toml`), [`status`], [`control`] (the unix socket of `ftctl`), and [`health`] (HTTP for probes and metrics).
+
+#![forbid(unsafe_code)]
+
+pub mod arbiter;
+pub mod decide;
+mod detector;
+pub mod exit;
+pub mod permit;
+pub mod reason;
+
+pub use detector::{Detector, Evidence};
+pub use permit::RunPermit;

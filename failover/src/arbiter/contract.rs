@@ -1,0 +1,1 @@
+//! What every arbiter must do, as a test suite.

@@ -1,0 +1,87 @@
+//! A thread around an arbiter, so that the decision core never waits for one.
+
+use std::io;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crossbeam::channel::{Receiver, Sender, bounded};
+
+use super::Arbiter;
+use crate::decide::{Answer, ArbiterRequest, OpId};
+
+/// Requests that may wait. The decision core has at most one outstanding.
+const QUEUE: usize = 4;
+
+/// What a request led to.
+#[derive(Debug)]
+pub struct Completed {
+    /// The request.
+    pub op: OpId,
+    /// What the arbiter said.
+    pub answer: Answer,
+    /// How long it took.
+    pub took: Duration,
+}
+
+/// Handle to the thread; requests in, [`Completed`] out. The thread ends when the handle is dropped and the current request is done.
+#[derive(Debug)]
+pub struct ArbiterThread {
+    requests: Sender<(OpId, ArbiterRequest)>,
+    answers: Receiver<Completed>,
+    place: String,
+}
+
+impl ArbiterThread {
+    /// Starts the thread. `wake` is called after each answer was put in the channel; an event loop uses it to look there.
+    ///
+    /// # Errors
+    /// When the thread cannot be started.
+    pub fn spawn<A, W>(arbiter: A, wake: W) -> io::Result<Self>
+    where
+        A: Arbiter + 'static,
+        W: Fn() + Send + 'static,
+    {
+        let (requests, inbox) = bounded(QUEUE);
+        let (outbox, answers) = bounded(QUEUE);
+        let place = arbiter.describe();
+        thread::Builder::new().name("arbiter".into()).spawn(move || serve(arbiter, &inbox, &outbox, wake))?;
+        Ok(Self { requests, answers, place })
+    }
+
+    /// Hands a request to the thread.
+    ///
+    /// # Panics
+    /// When more requests are outstanding than the decision core ever has, or the thread died of a panic.
+    pub fn request(&self, op: OpId, request: ArbiterRequest) {
+        self.requests.try_send((op, request)).expect("one request at a time, and a living arbiter thread");
+    }
+
+    /// Where the answers arrive.
+    pub fn answers(&self) -> &Receiver<Completed> {
+        &self.answers
+    }
+
+    /// What and where the arbiter is.
+    pub fn describe(&self) -> &str {
+        &self.place
+    }
+}
+
+fn serve<A: Arbiter>(
+    mut arbiter: A,
+    inbox: &Receiver<(OpId, ArbiterRequest)>,
+    outbox: &Sender<Completed>,
+    wake: impl Fn(),
+) {
+    for (op, request) in inbox {
+        let started = Instant::now();
+        let answer = match request {
+            ArbiterRequest::Read => Answer::Read(arbiter.read()),
+            ArbiterRequest::Cas { expected, record } => Answer::Cas(arbiter.compare_and_swap(expected, &record)),
+        };
+        if outbox.send(Completed { op, answer, took: started.elapsed() }).is_err() {
+            return;
+        }
+        wake();
+    }
+}

@@ -1,0 +1,358 @@
+//! The owner's half: taking a backup on (R5), going on without it (R3), and handing the guest over.
+
+use std::time::Duration;
+
+use replication_proto::Epoch;
+
+use super::{
+    Action, Command, CommandOutcome, Core, Evidence, FenceReason, Gate, GoodbyeReason, LinkLoss, MAX_STRIKES, NodeRef,
+    Reason, ReasonCode, STABLE, State, Ticket,
+};
+
+impl Core {
+    // ---- events ------------------------------------------------------------------------------------------------------------------
+
+    pub(super) fn backup_joined(&mut self, backup: NodeRef, now: Duration, out: &mut Vec<Action>) {
+        if self.mine.is_none() || backup.node != self.config.peer {
+            return;
+        }
+        // A new connection while one is in use means that the old one is dead, whoever notices it first.
+        if self.backup().is_some() {
+            self.lose(ReasonCode::BackupReplaced, now, out);
+        }
+        self.waiting = Some(backup);
+    }
+
+    pub(super) fn base_committed(&mut self, peer: &NodeRef, epoch: Epoch, now: Duration, out: &mut Vec<Action>) {
+        if self.mine.is_none() {
+            return self.standby_base_committed(peer, epoch);
+        }
+        if matches!(&self.state, State::Resync { backup } if backup == peer) {
+            // R5: hold first; what is let out from here on must be covered by an ack before the record names the backup.
+            self.hold(out);
+            self.go(State::Covering { backup: peer.clone() }, ReasonCode::ClosingIn, now);
+        }
+    }
+
+    pub(super) fn released_covered(&mut self, backup: &NodeRef, now: Duration) {
+        if matches!(&self.state, State::Covering { backup: covered } if covered == backup) {
+            assert!(self.gate == Gate::Held, "R5: output is held before the record names a backup");
+            self.go(State::Pairing { backup: backup.clone() }, ReasonCode::ClosingIn, now);
+        }
+    }
+
+    pub(super) fn link_lost(&mut self, loss: LinkLoss, now: Duration, out: &mut Vec<Action>) {
+        self.waiting = None;
+        if self.mine.is_none() {
+            // Our own closing says nothing about the owner; the standby stays what it is, promotable at its last commit.
+            if loss == LinkLoss::PeerClosed {
+                self.detector.closed(now);
+            }
+            return;
+        }
+        let reason = match loss {
+            LinkLoss::PeerClosed => ReasonCode::BackupClosed,
+            LinkLoss::Local => ReasonCode::BackupDropped,
+        };
+        match &self.state {
+            // The stream is lost for good, but the backup may be just about to take over: the grace keeps the contest fair.
+            State::Protected { .. } | State::Draining { .. } => self.detector.stream_lost(now),
+            // It closes the connection as soon as it has won.
+            State::HandingOver { .. } => {}
+            _ if self.backup().is_some() => self.lose(reason, now, out),
+            _ => {}
+        }
+    }
+
+    pub(super) fn peer_goodbye(&mut self, peer: &NodeRef, reason: GoodbyeReason) {
+        if self.mine.is_some() {
+            self.detector.left(peer.incarnation);
+        } else {
+            self.standby_goodbye(peer, reason);
+        }
+    }
+
+    pub(super) fn command(&mut self, ticket: Ticket, command: Command, now: Duration, out: &mut Vec<Action>) {
+        let refuse = |out: &mut Vec<Action>, text: String| {
+            out.push(Action::Reply { ticket, outcome: CommandOutcome::Refused(text) });
+        };
+        match command {
+            Command::Stop => self.stop(ticket, now, out),
+            Command::ForceTakeover { without_arbiter } => self.force(ticket, without_arbiter, now, out),
+            Command::Switchover => match self.state.clone() {
+                State::Protected { backup } => {
+                    out.push(Action::BeginSwitchover);
+                    self.paused = true;
+                    let until = now.saturating_add(self.config.timers.command_patience);
+                    self.go(State::Draining { backup, ticket, until }, ReasonCode::SwitchoverAsked, now);
+                }
+                _ if self.mine.is_none() => refuse(out, "this side does not run the guest: ask the owner".into()),
+                _ => refuse(out, format!("not protected ({}): nothing to switch to", self.state_name().word())),
+            },
+            Command::Protect | Command::Unprotect if self.mine.is_none() => {
+                refuse(out, "this side does not run the guest: ask the owner".into());
+            }
+            Command::Protect => {
+                self.protect = true;
+                let outcome = CommandOutcome::Done("a backup is taken on as soon as it is there".into());
+                out.push(Action::Reply { ticket, outcome });
+            }
+            Command::Unprotect if matches!(self.state, State::Stopping { .. } | State::HandingOver { .. }) => {
+                refuse(out, "the guest is on its way off this node".into());
+            }
+            Command::Unprotect => {
+                self.protect = false;
+                if self.backup().is_some() {
+                    self.lose(ReasonCode::Unprotected, now, out);
+                }
+                self.reason = ReasonCode::Unprotected;
+                let outcome = CommandOutcome::Done("no backup is taken on until `ftctl protect`".into());
+                out.push(Action::Reply { ticket, outcome });
+            }
+        }
+    }
+
+    pub(super) fn switchover_ready(&mut self, now: Duration, out: &mut Vec<Action>) {
+        if let State::Draining { backup, ticket, .. } = self.state.clone() {
+            self.hold(out);
+            out.push(Action::SayGoodbye(GoodbyeReason::Switchover));
+            let until = now.saturating_add(self.config.timers.command_patience);
+            self.go(State::HandingOver { backup, ticket, until }, ReasonCode::SwitchoverAsked, now);
+        }
+    }
+
+    // ---- losing a backup ---------------------------------------------------------------------------------------------------------
+
+    /// The backup that this side deals with at the moment.
+    pub(super) fn backup(&self) -> Option<&NodeRef> {
+        match &self.state {
+            State::Resync { backup }
+            | State::Covering { backup }
+            | State::Pairing { backup }
+            | State::Protected { backup }
+            | State::Draining { backup, .. }
+            | State::HandingOver { backup, .. } => Some(backup),
+            State::Contending { backup } => backup.as_ref(),
+            _ => None,
+        }
+    }
+
+    /// The stream to the backup cannot go on. Where the record may name it, output is held and the arbiter is asked.
+    fn lose(&mut self, reason: ReasonCode, now: Duration, out: &mut Vec<Action>) {
+        if let State::Draining { ticket, .. } | State::HandingOver { ticket, .. } = self.state {
+            let text = "the backup was lost before it could take the guest over".to_owned();
+            out.push(Action::Reply { ticket, outcome: CommandOutcome::Refused(text) });
+        }
+        let never_named = matches!(self.state, State::Resync { .. } | State::Covering { .. });
+        out.push(Action::DropBackup);
+        self.count_loss(now);
+        self.detector.forget();
+        self.report = None;
+        self.reason = reason;
+        if never_named {
+            // No record named this backup and none can: the last successful solo write still holds (R3).
+            return self.gone_solo(false, now, out);
+        }
+        self.hold(out);
+        self.go(State::Contending { backup: None }, reason, now);
+    }
+
+    /// Row 20: a link that flaps is not answered with a storm of base copies and writes to the arbiter.
+    fn count_loss(&mut self, now: Duration) {
+        if self.protected_since.take().is_some_and(|since| now.saturating_sub(since) >= STABLE) {
+            self.strikes = 0;
+        }
+        let pause = self.config.timers.protect_retry.saturating_mul(1 << self.strikes);
+        self.protect_after = now.saturating_add(pause);
+        self.strikes = (self.strikes + 1).min(MAX_STRIKES);
+    }
+
+    fn silence_reason(evidence: Evidence) -> ReasonCode {
+        match evidence {
+            Evidence::Silent => ReasonCode::BackupSilent,
+            Evidence::Closed => ReasonCode::BackupClosed,
+            Evidence::Replaced => ReasonCode::BackupReplaced,
+            Evidence::Left => ReasonCode::BackupLeft,
+        }
+    }
+
+    // ---- goals -------------------------------------------------------------------------------------------------------------------
+
+    pub(super) fn advance_solo(&mut self, now: Duration, out: &mut Vec<Action>) {
+        let trusted = !self.stale && self.alarm.is_none() && !self.blind && self.settled();
+        if !self.protect || now < self.protect_after || !trusted {
+            return;
+        }
+        if let Some(backup) = self.waiting.take() {
+            self.detector.watch(backup.incarnation, now);
+            out.push(Action::StartBase { backup: backup.clone() });
+            self.go(State::Resync { backup }, ReasonCode::BaseCopy, now);
+        }
+    }
+
+    pub(super) fn advance_resync(&mut self, _backup: &NodeRef, now: Duration, out: &mut Vec<Action>) {
+        if let Some(evidence) = self.evidence(now) {
+            self.lose(Self::silence_reason(evidence), now, out);
+        }
+    }
+
+    pub(super) fn advance_pairing(&mut self, backup: &NodeRef, now: Duration, out: &mut Vec<Action>) {
+        if let Some(evidence) = self.evidence(now) {
+            return self.lose(Self::silence_reason(evidence), now, out);
+        }
+        let named = !self.stale && self.known.as_ref().is_some_and(|known| known.record.in_sync.as_ref() == Some(backup));
+        if named && self.settled() {
+            self.gate = Gate::OnAck(backup.clone());
+            self.protected_since = Some(now);
+            self.standby.declined = None;
+            out.push(Action::TrustAcks { backup: backup.clone() });
+            return self.go(State::Protected { backup: backup.clone() }, ReasonCode::Covered, now);
+        }
+        if !self.due(now) {
+            return;
+        }
+        if self.stale {
+            return self.read(now, out);
+        }
+        let Some(mine) = self.mine else { return };
+        let me = self.config.me.clone();
+        let record = self.record(mine, &me, Some(backup), Reason::Protected, "the backup is in sync");
+        self.swap(record, now, out);
+    }
+
+    pub(super) fn advance_protected(&mut self, backup: &NodeRef, now: Duration, out: &mut Vec<Action>) {
+        let named = self.known.as_ref().is_some_and(|known| known.record.in_sync.as_ref() == Some(backup));
+        if !named {
+            return self.lose(ReasonCode::NotInSync, now, out);
+        }
+        let Some(evidence) = self.evidence(now) else { return };
+        // Nothing leaves from here on, until the backup is heard again or the arbiter agreed to go on alone.
+        self.hold(out);
+        let reason = Self::silence_reason(evidence);
+        if evidence == Evidence::Silent {
+            self.go(State::Contending { backup: Some(backup.clone()) }, reason, now);
+        } else {
+            self.lose(reason, now, out);
+        }
+    }
+
+    /// R3: go solo. `backup` is still connected and may yet be heard again.
+    pub(super) fn advance_contending(&mut self, backup: Option<&NodeRef>, now: Duration, out: &mut Vec<Action>) {
+        if self.isolated(now) {
+            return self.fence(FenceReason::Isolated, now, out);
+        }
+        if self.op.is_some() {
+            return;
+        }
+        let in_sync = self.known.as_ref().and_then(|known| known.record.in_sync.clone());
+        if !self.stale && self.settled() {
+            if in_sync.is_none() {
+                return self.gone_solo(backup.is_some(), now, out);
+            }
+            if backup.is_some() && in_sync.as_ref() == backup && self.evidence(now).is_none() {
+                return self.heard_again(now, out);
+            }
+        }
+        if !self.due(now) {
+            return;
+        }
+        if self.stale {
+            return self.read(now, out);
+        }
+        let Some(mine) = self.mine else { return };
+        let (reason, note) = match self.reason {
+            ReasonCode::Unprotected => (Reason::Unprotected, ReasonCode::Unprotected.text()),
+            code => (Reason::BackupLost, code.text()),
+        };
+        let me = self.config.me.clone();
+        let record = self.record(mine, &me, None, reason, note);
+        self.swap(record, now, out);
+    }
+
+    fn gone_solo(&mut self, connected: bool, now: Duration, out: &mut Vec<Action>) {
+        if connected {
+            // The record does not name it any more: it begins anew with a base.
+            out.push(Action::DropBackup);
+            self.count_loss(now);
+        }
+        self.detector.forget();
+        self.open(out);
+        self.resume(out);
+        let reason = self.reason;
+        self.go(State::Solo, reason, now);
+    }
+
+    fn heard_again(&mut self, now: Duration, out: &mut Vec<Action>) {
+        let State::Contending { backup: Some(backup) } = self.state.clone() else { return };
+        self.gate = Gate::OnAck(backup.clone());
+        out.push(Action::TrustAcks { backup: backup.clone() });
+        self.resume(out);
+        self.go(State::Protected { backup }, ReasonCode::Covered, now);
+    }
+
+    fn resume(&mut self, out: &mut Vec<Action>) {
+        if self.paused {
+            self.paused = false;
+            out.push(Action::ResumeGuest);
+        }
+    }
+
+    /// Neither the peer nor the arbiter was reached for so long that this side gives up.
+    fn isolated(&self, now: Duration) -> bool {
+        let apart = self.detector.watched().is_none() || self.evidence(now).is_some();
+        apart && self.isolated_at().is_some_and(|at| now >= at)
+    }
+
+    pub(super) fn isolated_at(&self) -> Option<Duration> {
+        matches!(self.state, State::Contending { .. }).then(|| {
+            let last = self.last_usable.map_or(self.since, |usable| usable.max(self.since));
+            last.saturating_add(self.config.timers.isolation_halt)
+        })
+    }
+
+    // ---- switchover --------------------------------------------------------------------------------------------------------------
+
+    pub(super) fn advance_draining(
+        &mut self,
+        backup: &NodeRef,
+        ticket: Ticket,
+        until: Duration,
+        now: Duration,
+        out: &mut Vec<Action>,
+    ) {
+        if let Some(evidence) = self.evidence(now) {
+            return self.lose(Self::silence_reason(evidence), now, out);
+        }
+        if now >= until {
+            let text = "the last epoch was not committed in time; the guest goes on here".to_owned();
+            out.push(Action::Reply { ticket, outcome: CommandOutcome::Refused(text) });
+            // The record was not touched: still protected, as before.
+            self.resume(out);
+            self.go(State::Protected { backup: backup.clone() }, ReasonCode::SwitchoverGivenUp, now);
+        }
+    }
+
+    /// Waits for the backup's takeover. If it does not come, the record decides whether this side may go on.
+    pub(super) fn advance_handing_over(
+        &mut self,
+        _backup: &NodeRef,
+        ticket: Ticket,
+        until: Duration,
+        now: Duration,
+        out: &mut Vec<Action>,
+    ) {
+        if now >= until {
+            let text = "the backup did not take over in time; the guest goes on here if the arbiter agrees".to_owned();
+            out.push(Action::Reply { ticket, outcome: CommandOutcome::Refused(text) });
+            out.push(Action::DropBackup);
+            self.count_loss(now);
+            self.detector.forget();
+            return self.go(State::Contending { backup: None }, ReasonCode::SwitchoverGivenUp, now);
+        }
+        if self.due(now) {
+            self.read(now, out);
+            // Not an error: just the next look.
+            self.retry_at = Some(now.saturating_add(self.config.timers.arbiter_retry));
+        }
+    }
+}

@@ -1,0 +1,132 @@
+//! What the core shows of itself: deadlines for the shell's event loop, facts for the status.
+
+use std::time::Duration;
+
+use replication_proto::{Epoch, Generation};
+
+use super::{Core, Gate, NodeRef, ReasonCode, State, StateName, Versioned};
+use crate::detector::Detector;
+
+/// The facts that a status is made of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct View {
+    /// The state.
+    pub state: StateName,
+    /// Why.
+    pub reason: ReasonCode,
+    /// Since when, on the clock of `now`.
+    pub since: Duration,
+    /// The generation that this side runs in, or the highest that it has seen.
+    pub generation: Generation,
+    /// Whether this side holds the right to run.
+    pub owner: bool,
+    /// What the output gate was told last.
+    pub gate: Gate,
+    /// PROTECTED (G11): output is gated on a committed backup and the record says so.
+    pub protected: bool,
+    /// ARMED (G11): a takeover now would also be granted.
+    pub armed: bool,
+    /// The backup that this side deals with (owner), or the owner that it follows (standby).
+    pub partner: Option<NodeRef>,
+    /// How long ago the partner was heard.
+    pub partner_age: Option<Duration>,
+    /// How long ago the partner had a usable answer of the arbiter, as far as it said.
+    pub partner_arbiter_age: Option<Duration>,
+    /// The last committed epoch of a standby.
+    pub committed: Option<Epoch>,
+    /// How long ago the arbiter gave a usable answer.
+    pub arbiter_age: Option<Duration>,
+    /// For how long a request to the arbiter has been outstanding.
+    pub arbiter_pending: Option<Duration>,
+    /// The record as last accepted.
+    pub record: Option<Versioned>,
+    /// What a person must look at.
+    pub alarm: Option<ReasonCode>,
+    /// The operator forced this side to run without the arbiter.
+    pub blind: bool,
+}
+
+impl Core {
+    /// The state in the words of the documentation.
+    pub fn state_name(&self) -> StateName {
+        match &self.state {
+            State::Starting => StateName::Starting,
+            State::Claiming { .. } => StateName::Claiming,
+            State::Solo => StateName::Solo,
+            State::Resync { .. } | State::Covering { .. } | State::Pairing { .. } => StateName::Resync,
+            State::Protected { .. } => StateName::Protected,
+            State::Contending { .. } => StateName::Contending,
+            State::Draining { .. } | State::HandingOver { .. } => StateName::SwitchingOver,
+            State::Stopping { .. } => StateName::Stopping,
+            State::Standby if self.may_take_over() => StateName::InSync,
+            State::Standby => StateName::Standby,
+            State::TakingOver | State::Forcing { fenced: None, .. } => StateName::TakingOver,
+            State::Fenced { .. } | State::Forcing { fenced: Some(_), .. } => StateName::Fenced,
+            State::Ended => StateName::Ended,
+        }
+    }
+
+    /// Facts for the status, at `now`.
+    pub fn view(&self, now: Duration) -> View {
+        let age = |then: Duration| now.saturating_sub(then);
+        let partner_arbiter_age =
+            self.report.and_then(|(heard, report)| report.arbiter_age.map(|said| said.saturating_add(age(heard))));
+        let arbiter_age = self.last_usable.map(age);
+        let state = self.state_name();
+        // Two probes may be lost before the arbiter counts as away.
+        let fresh = |age: Option<Duration>| {
+            age.is_some_and(|age| age <= self.config.timers.arbiter_probe.saturating_mul(3)) && self.alarm.is_none()
+        };
+        let partner_alive = self.evidence(now).is_none() && self.detector.watched().is_some();
+        let (protected, armed) = match state {
+            StateName::Protected => (true, partner_alive && fresh(partner_arbiter_age)),
+            // The standby speaks for itself; whether output is gated only the owner can say.
+            StateName::InSync => {
+                let said = self.report.is_some_and(|(_, report)| report.protected) && partner_alive;
+                (said, said && fresh(arbiter_age))
+            }
+            _ => (false, false),
+        };
+        View {
+            state,
+            reason: self.standby_reason(),
+            since: self.since,
+            generation: self.mine.unwrap_or(self.highest),
+            owner: self.mine.is_some(),
+            gate: self.gate.clone(),
+            protected,
+            armed,
+            partner: self.backup().or(self.standby.owner.as_ref()).or(self.waiting.as_ref()).cloned(),
+            partner_age: self.detector.last_heard().map(age),
+            partner_arbiter_age,
+            committed: self.standby.committed,
+            arbiter_age,
+            arbiter_pending: self.op.as_ref().map(|op| age(op.issued)),
+            record: self.known.clone(),
+            alarm: self.alarm,
+            blind: self.blind,
+        }
+    }
+
+    /// When to hand over [`super::Input::Tick`] at the latest if nothing else happens. Always later than the last `now`.
+    pub fn next_deadline(&self, now: Duration) -> Option<Duration> {
+        let timers = &self.config.timers;
+        let silence = if self.mine.is_some() { timers.solo } else { timers.takeover };
+        let watched = |detector: &Detector| detector.deadline(silence, timers.eof_grace);
+        let own = match &self.state {
+            State::Stopping { until, .. }
+            | State::Draining { until, .. }
+            | State::HandingOver { until, .. }
+            | State::Forcing { until, .. }
+            | State::Fenced { until, .. } => Some(*until),
+            State::Contending { .. } => self.isolated_at(),
+            State::Solo if self.waiting.is_some() => Some(self.protect_after),
+            State::Ended => return None,
+            _ => None,
+        };
+        let waits = self.op.is_none();
+        let retry = self.retry_at.filter(|_| waits);
+        let probe = waits.then_some(self.probe_at);
+        [own, watched(&self.detector), retry, probe].into_iter().flatten().filter(|at| *at > now).min()
+    }
+}
