@@ -19,7 +19,10 @@ struct Page([u64; 512]);
 
 /// The load; off at first.
 pub(crate) struct DirtyLoad {
+    /// Grows to `count` in the first round, for which room is reserved: touching all of a large buffer at once would
+    /// stop the server for seconds.
     pages: Vec<Page>,
+    count: usize,
     rate: u64,
     cursor: usize,
     written: u64,
@@ -29,7 +32,7 @@ pub(crate) struct DirtyLoad {
 
 impl DirtyLoad {
     pub(crate) const fn new() -> Self {
-        Self { pages: Vec::new(), rate: 0, cursor: 0, written: 0, done_until: 0 }
+        Self { pages: Vec::new(), count: 0, rate: 0, cursor: 0, written: 0, done_until: 0 }
     }
 
     /// Pages written so far.
@@ -42,17 +45,17 @@ impl DirtyLoad {
         self.rate = 0;
         self.done_until = now;
         if rate == 0 {
-            self.pages = Vec::new();
+            (self.pages, self.count) = (Vec::new(), 0);
             return Ok(());
         }
-        let current = u64::try_from(self.pages.len()).unwrap_or(0);
+        let current = u64::try_from(self.count).unwrap_or(0);
         let wanted = pages.unwrap_or(if current == 0 { DEFAULT_PAGES } else { current });
         if wanted != current {
-            self.pages = Vec::new();
+            (self.pages, self.count) = (Vec::new(), 0);
             let count = usize::try_from(wanted).map_err(|_| OutOfMemory)?;
             self.pages.try_reserve_exact(count).map_err(|_| OutOfMemory)?;
-            self.pages.extend((0..count).map(|_| Page([0; 512])));
             self.cursor = 0;
+            self.count = count;
         }
         self.rate = rate;
         Ok(())
@@ -72,12 +75,15 @@ impl DirtyLoad {
         let count = due.min(SLICE);
         for _ in 0..count {
             self.written = self.written.wrapping_add(1);
+            if self.cursor == self.pages.len() && self.cursor < self.pages.capacity() {
+                self.pages.push(Page([0; 512]));
+            }
             if let Some(page) = self.pages.get_mut(self.cursor) {
                 // Another word each time round, so that the page does not just alternate.
                 let word = usize::try_from(self.written % 509).unwrap_or(0);
                 page.0[word] = self.written.wrapping_mul(0x9e37_79b9_7f4a_7c15);
             }
-            self.cursor = if self.cursor + 1 < self.pages.len() { self.cursor + 1 } else { 0 };
+            self.cursor = if self.cursor + 1 < self.count { self.cursor + 1 } else { 0 };
         }
         let span = u128::from(count) * u128::from(SECOND_NS) / u128::from(self.rate);
         self.done_until = self.done_until.saturating_add(u64::try_from(span).unwrap_or(u64::MAX));

@@ -19,9 +19,9 @@ use crate::serve::{self, Connection, Server};
 use crate::{apic, boot, heap, pvh};
 
 /// Frames taken from the device before the requests in them are served.
-const INGRESS_BATCH: usize = 64;
+pub(crate) const INGRESS_BATCH: usize = 64;
 /// Least RAM in bytes: below this the sockets' buffers do not fit.
-const MIN_RAM: u64 = 16 << 20;
+const MIN_RAM: u64 = 32 << 20;
 
 /// What commands may ask of the machine.
 struct Guest {

@@ -1,6 +1,6 @@
 //! From a parsed request to a reply: the table of commands.
 
-use crate::resp::{Args, Decimal, Out, OutOfMemory, parse_integer};
+use crate::resp::{Args, Out, OutOfMemory, parse_integer};
 use crate::store::{Store, Value};
 use crate::{keys, lists, own, server, strings};
 
@@ -123,11 +123,6 @@ impl<'a> Call<'a> {
 
     pub(crate) fn ok(&mut self) {
         self.out.raw(b"+OK\r\n");
-    }
-
-    /// A number as a bulk string.
-    pub(crate) fn decimal(&mut self, value: i64) {
-        self.out.bulk(Decimal::new(value).as_bytes());
     }
 }
 

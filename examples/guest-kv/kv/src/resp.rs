@@ -239,6 +239,12 @@ impl Out {
         self.failed
     }
 
+    /// What was written; nothing is left.
+    pub fn take(&mut self) -> Vec<u8> {
+        self.failed = false;
+        core::mem::take(&mut self.bytes)
+    }
+
     /// Forgets what was written; memory above `keep` bytes is given back.
     pub fn clear(&mut self, keep: usize) {
         if self.bytes.capacity() > keep {
