@@ -82,6 +82,12 @@ pub struct Store {
     now: u64,
 }
 
+impl Entry {
+    fn alive(&self, now: u64) -> bool {
+        self.expires.is_none_or(|at| at > now)
+    }
+}
+
 impl Store {
     /// An empty store; `seed` should differ from run to run, against clients that choose colliding keys.
     #[must_use]
@@ -116,9 +122,7 @@ impl Store {
     }
 
     pub(crate) fn entry(&mut self, key: &[u8]) -> Option<&mut Entry> {
-        // Looked up twice only when the key has a deadline: the borrow checker does not see that the first borrow
-        // has ended on the path that removes.
-        if self.map.get(key)?.expires.is_some_and(|at| at <= self.now) {
+        if !self.map.get(key)?.alive(self.now) {
             self.map.remove(key);
             return None;
         }
@@ -143,26 +147,25 @@ impl Store {
 
     pub(crate) fn remove(&mut self, key: &[u8]) -> Option<Value> {
         let entry = self.map.remove(key)?;
-        (!entry.expires.is_some_and(|at| at <= self.now)).then_some(entry.value)
+        entry.alive(self.now).then_some(entry.value)
     }
 
     pub(crate) fn keys(&self) -> impl Iterator<Item = &[u8]> {
-        let alive = |entry: &Entry| !entry.expires.is_some_and(|at| at <= self.now);
-        self.map.iter().filter(move |(_, entry)| alive(entry)).map(|(key, _)| &**key)
+        self.map.iter().filter(|(_, entry)| entry.alive(self.now)).map(|(key, _)| &**key)
     }
 
     /// A hash of all keys and values, whatever their order in memory; deadlines are not part of it.
     #[must_use]
     pub fn digest(&self) -> u64 {
-        let alive = |entry: &&Entry| !entry.expires.is_some_and(|at| at <= self.now);
-        let one = |(key, entry): (&Box<[u8]>, &Entry)| {
+        let one = |(key, entry): (&[u8], &Entry)| {
             let name = xxh3_64_with_seed(key, 0);
             match &entry.value {
                 Value::Bytes(bytes) => xxh3_64_with_seed(bytes, name ^ 1),
                 Value::List(list) => list.iter().fold(name ^ 2, |hash, item| xxh3_64_with_seed(item, hash)),
             }
         };
-        self.map.iter().filter(|(_, entry)| alive(entry)).map(one).fold(0, u64::wrapping_add)
+        let alive = self.map.iter().filter(|(_, entry)| entry.alive(self.now));
+        alive.map(|(key, entry)| one((&**key, entry))).fold(0, u64::wrapping_add)
     }
 }
 
