@@ -13,6 +13,7 @@
 //! * [`pause`]: the guard without which nothing can be captured
 //! * [`kvm`]: the machine on KVM, put together from the private modules `vcpu` (threads, exits, stopping), `state` (reading and
 //!   writing machine state, in which order and why), `devices` and `boot`
+//! * [`model`]: the machine without KVM
 //! * [`tap`]: ports for frames: a tap device, a socket pair
 
 mod boot;
@@ -22,6 +23,7 @@ pub mod dirty;
 pub mod kvm;
 pub mod machine;
 pub mod memory;
+pub mod model;
 pub mod outputs;
 pub mod pause;
 pub mod section;
@@ -34,6 +36,7 @@ pub use dirty::{DirtyLedger, DirtySet};
 pub use kvm::{BuildError, KvmMachine};
 pub use machine::{Machine, MachineEvent};
 pub use memory::{GuestRam, PAGE_SIZE, PageNo};
+pub use model::{ModelBuildError, ModelMachine, ModelProgram};
 pub use outputs::{FramePort, Outputs};
 pub use pause::{PauseTimings, PausedVm};
 pub use section::{Section, SectionKind};

@@ -73,7 +73,7 @@ fn build_programs() -> Result<PathBuf> {
 }
 
 /// Builds the demo guest's workspace into its own target directory.
-fn build_guest() -> Result<PathBuf> {
+pub(crate) fn build_guest() -> Result<PathBuf> {
     let root = workspace().join("examples/guest-kv");
     let target = root.join("target");
     let mut command = cargo();

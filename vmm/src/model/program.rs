@@ -1,0 +1,188 @@
+//! The program: one step at a time, without thread, clock or randomness of its own.
+
+use std::sync::Arc;
+
+use super::bus::{Bus, Fault};
+use super::layout::Layout;
+use super::options::ProgramOptions;
+use super::registers::Registers;
+use super::wire::{self, Packet, Station};
+use crate::machine::RestoreError;
+use crate::memory::{GuestRam, PAGE_SIZE};
+use crate::section::{Section, SectionKind};
+use crate::state::codec::Saved;
+
+const SECOND: u64 = 1_000_000_000;
+/// Most pages that the load dirties in one step; what it missed while nobody ran it is not made up for.
+const LOAD_PER_STEP: u64 = 8192;
+/// Shortest sleep of the load in nanoseconds: touches come in bursts of a millisecond's worth.
+const LOAD_NAP: u64 = 1_000_000;
+/// Port of the beacon, source and target.
+const BEACON_PORT: u16 = 6380;
+
+/// Why the program cannot be put on this machine.
+#[derive(Debug, thiserror::Error)]
+pub enum ProgramError {
+    /// The working set is larger than the pages that there are for it.
+    #[error("a working set of {wanted} pages does not fit: this much RAM has {available} pages for it")]
+    WorkingSet {
+        /// As configured.
+        wanted: u64,
+        /// A quarter of RAM.
+        available: u64,
+    },
+}
+
+/// How the program can end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum End {
+    /// It switched the machine off.
+    PoweredOff,
+    /// It cannot go on, and why.
+    Crashed(String),
+}
+
+/// What one step brought out.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Step {
+    /// Ethernet frames sent, in order, all on network device 0.
+    pub frames: Vec<Vec<u8>>,
+    /// Bytes written to the console.
+    pub console: Vec<u8>,
+    /// Guest time in nanoseconds of the next step that is due without any frame; `None` if only a frame can wake it.
+    pub wake_at: Option<u64>,
+    /// The program ended in this step: it makes no other.
+    pub end: Option<End>,
+}
+
+/// The guest program of the model machine. Its state is guest RAM and its registers, nothing else: two programs that agree in
+/// both, and get the same times and frames, agree for ever.
+#[derive(Debug)]
+pub struct ModelProgram {
+    ram: Arc<GuestRam>,
+    layout: Layout,
+    us: Station,
+    port: u16,
+    boot: Registers,
+    registers: Registers,
+}
+
+impl ModelProgram {
+    /// A program for this RAM, whose contents it does not touch yet. `mac` is its address on network device 0.
+    pub fn new(ram: Arc<GuestRam>, mac: [u8; 6], options: &ProgramOptions) -> Result<Self, ProgramError> {
+        let layout = Layout::of(&ram);
+        match options.working_set_pages {
+            Some(wanted) if wanted > layout.load_pages => {
+                return Err(ProgramError::WorkingSet { wanted, available: layout.load_pages });
+            }
+            _ => {}
+        }
+        let boot = Registers::boot(options, &layout);
+        let us = Station { mac, ip: options.ip };
+        Ok(Self { ram, layout, us, port: options.port, registers: boot.clone(), boot })
+    }
+
+    /// Puts the program into the state of a machine that was just switched on. RAM is all zeroes.
+    pub fn boot(&mut self) {
+        self.registers = self.boot.clone();
+    }
+
+    /// Guest time in nanoseconds: that of the last step.
+    pub fn now(&self) -> u64 {
+        self.registers.now
+    }
+
+    /// The registers, as the one section of this machine.
+    pub fn capture(&self) -> Section {
+        self.registers.to_section(SectionKind::MODEL)
+    }
+
+    /// Takes over captured registers. On an error nothing has changed.
+    pub fn restore(&mut self, section: &Section) -> Result<(), RestoreError> {
+        if section.kind != SectionKind::MODEL {
+            return Err(RestoreError::Unexpected(section.kind));
+        }
+        let registers = Registers::from_section(section)?;
+        registers.validate(&self.layout).map_err(|e| e.of(section.kind))?;
+        self.registers = registers;
+        Ok(())
+    }
+
+    /// Runs the program once: `inbound` are the Ethernet frames that arrived, `now` is guest time in nanoseconds (an earlier
+    /// time than that of the last step counts as that one: guest time never runs backwards).
+    pub fn step(&mut self, now: u64, inbound: &[Vec<u8>]) -> Step {
+        self.registers.now = self.registers.now.max(now);
+        let mut step = Step::default();
+        if let Err(Fault(reason)) = self.try_step(inbound, &mut step) {
+            step.end = Some(End::Crashed(reason.into()));
+        }
+        self.registers.frames_out += step.frames.len() as u64;
+        step
+    }
+
+    fn try_step(&mut self, inbound: &[Vec<u8>], step: &mut Step) -> Result<(), Fault> {
+        let Self { ram, layout, us, port, boot: _, registers } = self;
+        let bus = Bus(ram.tracked());
+        if !registers.greeted {
+            let [a, b, c, d] = us.ip;
+            step.console.extend_from_slice(format!("model ready {a}.{b}.{c}.{d}:{port}\n").as_bytes());
+            registers.greeted = true;
+        }
+        for frame in inbound {
+            registers.frames_in += 1;
+            match wire::parse(frame, *us) {
+                Some(Packet::ArpRequest(from)) => step.frames.push(wire::arp_reply(*us, from)),
+                Some(Packet::Echo(from, message)) => step.frames.push(wire::echo_reply(*us, from, message)),
+                Some(Packet::Tcp(..)) | None => {}
+            }
+        }
+        let load = run_load(bus, layout, registers)?;
+        let beacon = run_beacon(*us, registers, &mut step.frames);
+        step.wake_at = [load, beacon].into_iter().flatten().min();
+        Ok(())
+    }
+}
+
+/// Writes to the pages that are due and says when the next ones are.
+fn run_load(bus: Bus<'_>, layout: &Layout, registers: &mut Registers) -> Result<Option<u64>, Fault> {
+    if registers.load.rate == 0 {
+        return Ok(None);
+    }
+    let elapsed = registers.now - registers.load.since;
+    let due_in_all = u128::from(elapsed) * u128::from(registers.load.rate) / u128::from(SECOND);
+    let due = u64::try_from(due_in_all).unwrap_or(u64::MAX).saturating_sub(registers.load.done);
+    let touches = due.min(LOAD_PER_STEP);
+    for _ in 0..touches {
+        let value = registers.random();
+        let load = &mut registers.load;
+        let page = load.touches % load.pages;
+        let word = value % (PAGE_SIZE as u64 / 8);
+        bus.put_u64(layout.load + page * PAGE_SIZE as u64 + word * 8, value)?;
+        load.touches += 1;
+    }
+    registers.load.done += touches;
+    if touches < due {
+        registers.load.since = registers.now;
+        registers.load.done = 0;
+    }
+    Ok(Some(registers.now + LOAD_NAP.max(SECOND / registers.load.rate)))
+}
+
+/// Broadcasts when it is time and says when the next time is.
+fn run_beacon(us: Station, registers: &mut Registers, frames: &mut Vec<Vec<u8>>) -> Option<u64> {
+    if registers.beacon.every == 0 {
+        return None;
+    }
+    if registers.now >= registers.beacon.next {
+        let (number, now, random) = (registers.beacon.number, registers.now, registers.random());
+        let mut payload = b"beacon\0\0".to_vec();
+        for value in [number, now, random] {
+            payload.extend_from_slice(&value.to_le_bytes());
+        }
+        frames.push(wire::broadcast(us, BEACON_PORT, &payload));
+        registers.beacon.number += 1;
+        // Counted from now: after a long stop there is one beacon and not one for each that was missed.
+        registers.beacon.next = now + registers.beacon.every;
+    }
+    Some(registers.beacon.next)
+}
