@@ -15,6 +15,11 @@ const PATIENCE: u32 = 5_000_000;
 /// Frequency of the (divided) local APIC timer under KVM, for machines without a PIT.
 const NOMINAL_APIC_HZ: u64 = 1_000_000_000 / apic::TIMER_DIVIDER;
 
+/// Tries before the host is taken to be too busy for a calibration.
+const TRIES: u32 = 50;
+/// The TSC is then taken to run at 2 GHz: time is wrong, but goes on.
+const NOMINAL_TSC_HZ: u64 = 2_000_000_000;
+
 /// The clock of the guest. It never goes back, even where the TSC does: a guest that was moved to another host may see
 /// that host's counter.
 pub(crate) struct Clock {
@@ -40,10 +45,10 @@ fn sample() -> Sample {
     let one = || {
         let before = tsc();
         outb(PIT_COMMAND, 0); // latch channel 0
-        let latched = tsc();
         let apic = apic::timer_remaining();
+        let after = tsc();
         let pit = u16::from_le_bytes([inb(PIT_CHANNEL_0), inb(PIT_CHANNEL_0)]);
-        (latched.wrapping_sub(before), Sample { pit, tsc: before.midpoint(latched), apic })
+        (after.wrapping_sub(before), Sample { pit, tsc: before, apic })
     };
     let mut best = one();
     for _ in 0..4 {
@@ -55,39 +60,56 @@ fn sample() -> Sample {
     best.1
 }
 
+/// How far the three counters went in the same time.
+struct Window {
+    pit: u64,
+    tsc: u64,
+    apic: u64,
+}
+
+/// Lets the counters run for [`WINDOW`]. `None` if the processor was away for so long that the PIT, whose counter
+/// wraps after 55 ms, may have gone round.
+fn measure() -> Option<Window> {
+    let start = sample();
+    let (mut last, mut longest) = (start.tsc, 0);
+    loop {
+        let now = sample();
+        longest = longest.max(now.tsc.wrapping_sub(last));
+        last = now.tsc;
+        let (pit, apic) = (start.pit.wrapping_sub(now.pit), start.apic.wrapping_sub(now.apic));
+        if pit >= WINDOW || apic > PATIENCE {
+            let tsc = now.tsc.wrapping_sub(start.tsc);
+            let window = Window { pit: pit.into(), tsc: tsc.max(1), apic: u64::from(apic).max(1) };
+            return (longest <= tsc / 2).then_some(window);
+        }
+    }
+}
+
 impl Clock {
-    /// Calibrates; takes 20 ms.
+    /// Calibrates; takes 20 ms, and more on a host that is busy.
     pub(crate) fn calibrate() -> Self {
         // Channel 0 as a rate generator of 65,536 periods, which counts evenly; its interrupt is masked everywhere.
         for (port, value) in [(PIT_COMMAND, 0x34), (PIT_CHANNEL_0, 0), (PIT_CHANNEL_0, 0)] {
             outb(port, value);
         }
         apic::start_timer(u32::MAX);
-        let start = sample();
-        let end = loop {
-            let now = sample();
-            if start.pit.wrapping_sub(now.pit) >= WINDOW || start.apic.wrapping_sub(now.apic) > PATIENCE {
-                break now;
-            }
-        };
+        let window = (0..TRIES).find_map(|_| measure());
         apic::start_timer(0);
         // One shot that nobody sees: the PIT is quiet afterwards.
         for (port, value) in [(PIT_COMMAND, 0x30), (PIT_CHANNEL_0, 1), (PIT_CHANNEL_0, 0)] {
             outb(port, value);
         }
-        let apic_ticks = u64::from(start.apic.wrapping_sub(end.apic)).max(1);
-        let tsc_ticks = end.tsc.wrapping_sub(start.tsc).max(1);
-        let pit_ticks = u64::from(start.pit.wrapping_sub(end.pit));
-        let ns = if pit_ticks >= u64::from(WINDOW) {
-            pit_ticks * 1_000_000_000 / PIT_HZ
+        let window = window.unwrap_or(Window { pit: 0, tsc: NOMINAL_TSC_HZ, apic: NOMINAL_APIC_HZ });
+        let ns = if window.pit >= u64::from(WINDOW) {
+            window.pit * 1_000_000_000 / PIT_HZ
         } else {
-            apic_ticks * 1_000_000_000 / NOMINAL_APIC_HZ
+            window.apic * 1_000_000_000 / NOMINAL_APIC_HZ
         };
         Self {
-            scale: (ns << 32) / tsc_ticks,
+            scale: (ns << 32) / window.tsc,
             last_tsc: Cell::new(tsc()),
             elapsed_ns: Cell::new(0),
-            apic_scale: (apic_ticks << 32) / ns.max(1),
+            apic_scale: (window.apic << 32) / ns.max(1),
             armed: Cell::new(None),
         }
     }

@@ -23,6 +23,9 @@ pub(crate) const INGRESS_BATCH: usize = 64;
 /// Least RAM in bytes: below this the sockets' buffers do not fit.
 const MIN_RAM: u64 = 32 << 20;
 
+/// Time between two looks whether the last reply has left, in nanoseconds.
+const POWER_OFF_POLL_NS: u64 = 1_000_000;
+
 /// What commands may ask of the machine.
 struct Guest {
     clock: Clock,
@@ -89,7 +92,6 @@ impl Machine for Guest {
 #[expect(unsafe_code, reason = "claims the heap and the devices")]
 pub(crate) fn run(start_info: u64) -> Result<Infallible, &'static str> {
     let handover = pvh::read_handover(start_info, boot::image_end())?;
-    println(format_args!("guest-kv: command line {:?}", handover.command_line()));
     let options = cmdline::parse(handover.command_line()).map_err(|bad| {
         println(format_args!("guest-kv: cannot understand {:?} on the command line", bad.0));
         "bad command line"
@@ -102,7 +104,9 @@ pub(crate) fn run(start_info: u64) -> Result<Infallible, &'static str> {
     }
     apic::init();
     let clock = Clock::calibrate();
-    let mut net = find_net(&options)?;
+    let mut net = find_net(&options).inspect_err(|_| {
+        println(format_args!("guest-kv: command line {:?}", handover.command_line()));
+    })?;
     let interface = configure(&options, &mut net);
     let [a, b, c, d] = options.address;
     let mac = EthernetAddress(net.mac());
@@ -215,7 +219,9 @@ impl Loop {
         let network = self.interface.poll_at(instant(now), &self.sockets);
         let network = network.map(|at| u64::try_from(at.total_micros()).unwrap_or(0).saturating_mul(1000));
         let report = self.report.map(|(_, at)| at);
-        let deadline = [network, guest.dirty.next(now), report].into_iter().flatten().min();
+        // The ring is looked at again if the last reply is still in it: nothing else would wake the guest up.
+        let leave = guest.power_off.then(|| now + POWER_OFF_POLL_NS);
+        let deadline = [network, guest.dirty.next(now), report, leave].into_iter().flatten().min();
         if deadline.is_some_and(|at| at <= now) && !self.net.is_full() {
             return;
         }

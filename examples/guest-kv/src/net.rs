@@ -200,6 +200,9 @@ impl Net {
                 *byte = transport.read_config_space(offset).map_err(|_| "cannot read the address")?;
             }
         }
+        if mac[0] & 1 != 0 || mac == [0; 6] {
+            return Err("the device's address is not that of one station");
+        }
         let header = if legacy { 10 } else { 12 };
         let mut receiver = Receiver { ring: Ring::new(&mut transport, RX)?, header };
         let mut sender = Sender { ring: Ring::new(&mut transport, TX)?, header, free: Vec::new() };
@@ -240,11 +243,12 @@ impl Net {
     /// Lets the device interrupt, before a sleep. True if it has left something to do already.
     pub(crate) fn enable_interrupts(&mut self) -> bool {
         self.receiver.ring.set_interrupts(true);
-        let full = !self.sender.reclaim();
-        if full {
-            self.sender.ring.set_interrupts(true);
+        if self.sender.reclaim() {
+            return self.receiver.ring.queue.can_pop();
         }
-        self.receiver.ring.queue.can_pop() || (full && self.sender.reclaim())
+        // Without room to answer, frames are not received either: only room is a reason to wake up.
+        self.sender.ring.set_interrupts(true);
+        self.sender.reclaim()
     }
 
     /// Asks the device not to interrupt: its rings are looked at anyway.

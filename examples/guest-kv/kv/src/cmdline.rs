@@ -72,6 +72,10 @@ pub fn parse(line: &str) -> Result<Options, BadWord<'_>> {
             "ip" => {
                 let (address, prefix) = value.split_once('/').ok_or(bad)?;
                 options.address = ipv4(address).ok_or(bad)?;
+                let number = core::net::Ipv4Addr::from(options.address);
+                if number.is_unspecified() || number.is_multicast() || number.is_broadcast() {
+                    return Err(bad);
+                }
                 options.prefix = prefix.parse().ok().filter(|bits| *bits <= 32).ok_or(bad)?;
             }
             "gw" => options.gateway = Some(ipv4(value).ok_or(bad)?),
@@ -157,6 +161,9 @@ mod tests {
             "ip=10.0.0.2",
             "ip=10.0.0/24",
             "ip=10.0.0.2/33",
+            "ip=0.0.0.0/0",
+            "ip=224.0.0.1/24",
+            "ip=255.255.255.255/24",
             "gw=x",
             "port=0",
             "port=65536",
