@@ -1,0 +1,156 @@
+//! Nothing that a guest writes is missed, and nothing that a machine is made of is left behind.
+//!
+//! Checkpoints at random instants of a guest that serves a client, ticks, and writes from CPL 0 and CPL 3. Each dirty set is applied to a
+//! shadow; while the guest is still stopped, all of its RAM is compared with the shadow byte by byte. Every hundredth
+//! checkpoint is put into a fresh machine, which goes on serving the same connection.
+//!
+//! `FT_CHECKPOINTS` sets their number (5,000), `FT_SEED` the instants.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tests::machine::client::Counter;
+use tests::machine::shadow::Shadow;
+use tests::machine::{Recorder, build, demo_config, demo_guest, no_kvm};
+use tests::real::rng::Rng;
+use vmm::{ClockPolicy, KvmMachine, Machine, MachineConfig, PausedVm, SocketPort};
+
+const DEFAULT_CHECKPOINTS: u64 = 5_000;
+const RESTORE_EVERY: u64 = 100;
+/// How long the client may stand still before that counts as a failure.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+fn from_env(name: &str, default: u64) -> u64 {
+    std::env::var(name).map_or(default, |v| v.parse().unwrap_or_else(|_| panic!("{name}={v:?} is not a number")))
+}
+
+/// Durations of one part of the pause, in the order in which they were measured.
+#[derive(Default)]
+struct Times(Vec<Duration>);
+
+impl Times {
+    fn line(&mut self, name: &str) -> String {
+        self.0.sort_unstable();
+        let at = |share: usize| self.0.get(self.0.len() * share / 1000).copied().unwrap_or_default().as_micros();
+        format!("{name:>12} {:>8} {:>8} {:>8}", at(500), at(990), self.0.last().map_or(0, Duration::as_micros))
+    }
+}
+
+/// One machine after the other, and what is known about them.
+struct Run {
+    config: MachineConfig,
+    outputs: Arc<Recorder>,
+    port: Arc<SocketPort>,
+    machine: KvmMachine,
+    shadow: Shadow,
+    mismatches: u64,
+    pages: u64,
+    times: [Times; 6],
+}
+
+impl Run {
+    /// Stops, captures, takes the dirty set, compares; and either resumes or goes on in a fresh machine.
+    fn checkpoint(&mut self, replace: bool) {
+        let mut paused = PausedVm::pause(&mut self.machine).expect("the guest stops");
+        let sections = paused.capture().expect("the state can be read");
+        let dirty = paused.take_dirty().expect("the log can be read");
+        self.pages += u64::try_from(dirty.len()).expect("a count of pages");
+        let began = Instant::now();
+        self.shadow.apply(&dirty, paused.ram());
+        let copy = began.elapsed();
+        dirty.retire();
+        let differing = self.shadow.differing(paused.ram());
+        if !differing.is_empty() {
+            self.mismatches += 1;
+            eprintln!("pages that changed and were not in the dirty set: {differing:x?}");
+            self.shadow.copy_all(paused.ram());
+        }
+        let again = paused.take_dirty().expect("the log can be read twice");
+        assert!(again.is_empty(), "a stopped machine wrote {:x?}", again.iter().collect::<Vec<_>>());
+        again.retire();
+        if !replace {
+            let timings = paused.resume().expect("the guest resumes");
+            let stop = timings.stop;
+            let parts = [stop.quiesce, stop.kick, stop.vcpu_state, timings.capture, timings.dirty / 2, copy];
+            for (times, part) in self.times.iter_mut().zip(parts) {
+                times.0.push(part);
+            }
+            return;
+        }
+        let _ = paused.stay_stopped();
+        let mut fresh = build(&self.config, &self.outputs, &self.port);
+        self.shadow.write_to(fresh.ram());
+        fresh.restore(&sections, ClockPolicy::ResumeFromCheckpoint).expect("the state fits an equal machine");
+        self.machine.shut_down();
+        fresh.track_dirty(true).expect("writes can be logged");
+        fresh.run().expect("a restored machine runs");
+        self.machine = fresh;
+    }
+}
+
+fn checkpoints(vcpus: u8, count: u64) {
+    drop(env_logger::builder().is_test(true).try_init());
+    let seed = from_env("FT_SEED", 1);
+    let (outputs, frames) = Recorder::new();
+    let (guest_end, host_end) = SocketPort::pair().unwrap();
+    let port = Arc::new(guest_end);
+    let config = demo_config(demo_guest(), vcpus, 32 << 20);
+    let mut machine = build(&config, &outputs, &port);
+    machine.load().unwrap();
+    let mut shadow = Shadow::zeroed(machine.ram());
+    machine.track_dirty(true).unwrap();
+    shadow.copy_all(machine.ram());
+    machine.run().unwrap();
+
+    let client = Counter::start(frames, Arc::new(host_end), vec!["FT.DIRTY 20000 1024".into()]);
+    let times = Default::default();
+    let mut run = Run { config, outputs, port, machine, shadow, mismatches: 0, pages: 0, times };
+    let mut rng = Rng::new(seed);
+    let (mut counted, mut moved) = (0, Instant::now());
+    let began = Instant::now();
+    for n in 1..=count {
+        std::thread::sleep(rng.duration(Duration::from_micros(50), Duration::from_millis(4)));
+        run.checkpoint(n % RESTORE_EVERY == 0);
+        if client.count() > counted {
+            (counted, moved) = (client.count(), Instant::now());
+        }
+        let stands_still = moved.elapsed() > PATIENCE || !client.is_alive();
+        if stands_still {
+            let event = run.machine.events().try_recv();
+            let console = String::from_utf8_lossy(&run.outputs.console()).into_owned();
+            panic!(
+                "checkpoint {n}, seed {seed}: the client stands at {counted}: {:?}; machine: {event:?}; console:\n{console}",
+                client.finish()
+            );
+        }
+    }
+    let answers = client.finish().expect("every answer in its turn");
+    println!(
+        "{count} checkpoints, {vcpus} vCPU, seed {seed}: {} mismatches, {} restores, {} pages each, {answers} answers, {:.1} s",
+        run.mismatches,
+        count / RESTORE_EVERY,
+        run.pages / count,
+        began.elapsed().as_secs_f64()
+    );
+    println!("{:>12} {:>8} {:>8} {:>8}  us", "", "p50", "p99", "max");
+    for (times, name) in run.times.iter_mut().zip(["quiesce", "kick", "of it state", "capture", "dirty log", "copy"]) {
+        println!("{}", times.line(name));
+    }
+    assert_eq!(run.mismatches, 0);
+    assert!(answers > count / 10, "the guest served {answers} requests in {count} checkpoints");
+}
+
+#[test]
+fn checkpoints_of_one_vcpu_miss_nothing() {
+    if !no_kvm("checkpoints_of_one_vcpu_miss_nothing") {
+        checkpoints(1, from_env("FT_CHECKPOINTS", DEFAULT_CHECKPOINTS));
+    }
+}
+
+/// The guest leaves the second vCPU alone: it waits for its start-up signal, and is stopped, captured and restored like the first.
+#[test]
+fn checkpoints_of_two_vcpus_miss_nothing() {
+    if !no_kvm("checkpoints_of_two_vcpus_miss_nothing") {
+        checkpoints(2, from_env("FT_CHECKPOINTS", DEFAULT_CHECKPOINTS) / 5);
+    }
+}
