@@ -116,7 +116,13 @@ mod tests {
         let encoded = Encoder::new().encode(&content).unwrap();
         assert!(encoded.len() < 100);
         assert_eq!(Decoder::new().decode(&encoded, content.len()), Ok(content));
-        let noise: Vec<u8> = (0..4096u32).map(|n| n.wrapping_mul(0x9E37_79B1).to_be_bytes()[0]).collect();
+        let mut state = 1u64;
+        let noise: Vec<u8> = (0..4096)
+            .map(|_| {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                state.to_be_bytes()[0]
+            })
+            .collect();
         assert_eq!(Encoder::new().encode(&noise), None);
     }
 
