@@ -74,7 +74,7 @@ impl Layout {
     }
 
     /// Bytes to send of a connection.
-    pub(super) fn to_send(&self, connection: usize) -> u64 {
+    pub(super) fn outgoing(&self, connection: usize) -> u64 {
         self.received(connection) + u64::from(RING)
     }
 }
@@ -87,7 +87,7 @@ mod tests {
     fn every_size_of_ram_has_room_for_all_parts() {
         for mib in [2, 4, 8, 64, 256] {
             let layout = Layout::of(&GuestRam::new(mib << 20).unwrap());
-            assert!(layout.load >= layout.to_send(layout.connections - 1) + u64::from(RING));
+            assert!(layout.load >= layout.outgoing(layout.connections - 1) + u64::from(RING));
             assert!(layout.end - layout.heap > (mib << 20) / 8, "{mib} MiB: {layout:?}");
             assert!(TABLE + (layout.connections * RECORD) as u64 <= RINGS);
         }

@@ -71,7 +71,8 @@ impl ProgramOptions {
             "port" => self.port = value.parse().ok().filter(|p| *p != 0).ok_or("a port is 1 to 65535")?,
             "seed" => self.seed = value.parse().map_err(|_| "a seed is a whole number")?,
             "dirty" => {
-                let wanted = "dirty=PAGES_PER_SECOND[,WORKING_SET_PAGES], whole numbers, at most 10000000 pages a second";
+                let wanted =
+                    "dirty=PAGES_PER_SECOND[,WORKING_SET_PAGES], whole numbers, at most 10000000 pages a second";
                 let (rate, pages) = match value.split_once(',') {
                     Some((rate, pages)) => (rate, Some(pages)),
                     None => (value, None),

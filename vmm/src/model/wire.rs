@@ -131,9 +131,9 @@ fn parse_ipv4(packet: &[u8], mac: [u8; 6], us: Station) -> Option<Packet<'_>> {
     }
     let body = packet.get(header_length..total)?;
     let from = Station { mac, ip };
-    match packet.get(9)? {
-        &ICMP => (body.len() >= 8 && body[..2] == [8, 0] && checksum(&[body]) == 0).then_some(Packet::Echo(from, body)),
-        &TCP => {
+    match *packet.get(9)? {
+        ICMP => (body.len() >= 8 && body[..2] == [8, 0] && checksum(&[body]) == 0).then_some(Packet::Echo(from, body)),
+        TCP => {
             let pseudo = pseudo_header(ip, us.ip, TCP, body.len());
             if checksum(&[&pseudo, body]) != 0 {
                 return None;
