@@ -98,8 +98,14 @@ pub(crate) fn run(start_info: u64) -> Result<Infallible, &'static str> {
     })?;
     let (start, size) = handover.ram;
     let size = size.min(options.heap.unwrap_or(u64::MAX));
+    if size < MIN_RAM {
+        return Err("too little RAM");
+    }
+    let buffers = u64::try_from(serve::BUFFERS).map_err(|_| "too little RAM")?;
     // SAFETY: RAM after the image and its stack; what the VMM left there has been copied out.
-    if size < MIN_RAM || !unsafe { heap::claim(start, size) } {
+    let memory = unsafe { heap::reserve(start, serve::BUFFERS) }.ok_or("no RAM")?;
+    // SAFETY: likewise, and after the part that was just taken.
+    if !unsafe { heap::claim(start + buffers, size - buffers) } {
         return Err("too little RAM");
     }
     apic::init();
@@ -111,13 +117,13 @@ pub(crate) fn run(start_info: u64) -> Result<Infallible, &'static str> {
     let [a, b, c, d] = options.address;
     let mac = EthernetAddress(net.mac());
     let kind = if net.is_legacy() { "legacy" } else { "modern" };
-    let (mib, mhz) = (size >> 20, clock.tsc_khz() / 1000);
+    let (mib, mhz) = ((size - buffers) >> 20, clock.tsc_khz() / 1000);
     println(format_args!(
         "guest-kv ready {a}.{b}.{c}.{d}:{} mac {mac} ({kind} virtio-net) heap {mib} MiB tsc {mhz} MHz",
         options.port
     ));
     let guest = Guest { clock, dirty: DirtyLoad::new(), counters: Counters::default(), connected: 0, power_off: false };
-    Loop::new(interface, net, guest, &options).run()
+    Loop::new(interface, net, guest, &options, memory).run()
 }
 
 /// The first network device of the command line; every device gets its interrupt routed.
@@ -163,9 +169,9 @@ struct Loop {
 }
 
 impl Loop {
-    fn new(interface: Interface, net: Net, guest: Guest, options: &Options) -> Self {
+    fn new(interface: Interface, net: Net, guest: Guest, options: &Options, memory: &'static mut [u8]) -> Self {
         let mut sockets = SocketSet::new(vec![]);
-        let connections = serve::connections(&mut sockets);
+        let connections = serve::connections(&mut sockets, memory);
         let report = options.counters.map(|seconds| (u64::from(seconds) * 1_000_000_000, 0));
         let server = Server::new(Store::new(boot::tsc()), guest, options.port);
         Self { interface, net, sockets, connections, server, report }

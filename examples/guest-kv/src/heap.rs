@@ -43,6 +43,16 @@ pub(crate) unsafe fn claim(start: u64, size: u64) -> bool {
     unsafe { HEAP.0.claim(core::ptr::with_exposed_provenance_mut(start), size) }.is_some()
 }
 
+/// Memory outside of the heap, as it is. Nothing touches it, so that pages which are never used stay clean.
+///
+/// # Safety
+/// Nothing else uses this memory, now or later, and it is mapped.
+pub(crate) unsafe fn reserve(start: u64, size: usize) -> Option<&'static mut [u8]> {
+    let start = usize::try_from(start).ok().filter(|start| *start != 0)?;
+    // SAFETY: the caller's promise; bytes of RAM are initialised, to whatever it may be.
+    Some(unsafe { core::slice::from_raw_parts_mut(core::ptr::with_exposed_provenance_mut(start), size) })
+}
+
 /// Bytes that are allocated.
 pub(crate) fn used() -> usize {
     HEAP.0.counters().allocated_bytes

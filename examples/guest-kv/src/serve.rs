@@ -1,6 +1,5 @@
 //! Connections: bytes from smoltcp's sockets to requests, replies back.
 
-use alloc::vec;
 use alloc::vec::Vec;
 
 use kv::{Args, Machine, Out, Outcome, Parsed, Session, Store, execute, parse};
@@ -10,11 +9,13 @@ use smoltcp::time::Duration;
 
 /// Connections at once. Twice what a client with 50 connections needs: while output is held back, the ones that it has
 /// just closed are still closing when it opens the next.
-pub(crate) const SOCKETS: usize = 128;
+const SOCKETS: usize = 128;
 /// Sockets that should listen, if there are connections which are over: as many can be opened in one go.
 const SPARE: usize = crate::guest::INGRESS_BATCH;
 /// Bytes of a socket's buffer, each way.
 const SOCKET_BUFFER: usize = 64 << 10;
+/// Bytes that the buffers of all sockets take.
+pub(crate) const BUFFERS: usize = SOCKETS * 2 * SOCKET_BUFFER;
 /// Replies of one connection are collected up to so many bytes before they are sent.
 const BATCH: usize = 128 << 10;
 /// Memory of the reply buffer, in bytes, that is kept.
@@ -74,14 +75,15 @@ impl Connection {
     }
 }
 
-/// Makes the sockets, not yet listening.
-pub(crate) fn connections(sockets: &mut SocketSet<'_>) -> Vec<Connection> {
-    let one = |_| {
-        let buffer = || SocketBuffer::new(vec![0; SOCKET_BUFFER]);
-        let mut socket = Socket::new(buffer(), buffer());
+/// Makes the sockets, not yet listening. `memory` is for their buffers, [`BUFFERS`] bytes.
+pub(crate) fn connections(sockets: &mut SocketSet<'static>, memory: &'static mut [u8]) -> Vec<Connection> {
+    let mut connections = Vec::new();
+    for pair in memory.chunks_exact_mut(2 * SOCKET_BUFFER) {
+        let (receive, send) = pair.split_at_mut(SOCKET_BUFFER);
+        let mut socket = Socket::new(SocketBuffer::new(receive), SocketBuffer::new(send));
         socket.set_nagle_enabled(false);
         socket.set_ack_delay(None);
-        Connection {
+        connections.push(Connection {
             handle: sockets.add(socket),
             session: None,
             input: Vec::new(),
@@ -90,9 +92,9 @@ pub(crate) fn connections(sockets: &mut SocketSet<'_>) -> Vec<Connection> {
             sent: 0,
             closing: false,
             last_active: 0,
-        }
-    };
-    (0..SOCKETS).map(one).collect()
+        });
+    }
+    connections
 }
 
 /// Clients that are connected.
