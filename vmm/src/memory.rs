@@ -82,7 +82,7 @@ pub struct GuestRam {
 impl GuestRam {
     /// RAM of `bytes` bytes from guest-physical 0, with a hole below 4 GiB for larger sizes.
     pub fn new(bytes: u64) -> Result<Self, RamError> {
-        if bytes == 0 || bytes % RAM_GRANULE != 0 {
+        if bytes == 0 || !bytes.is_multiple_of(RAM_GRANULE) {
             return Err(RamError::Size { bytes });
         }
         let create = |source: rustix::io::Errno| RamError::Create { bytes, source: source.into() };

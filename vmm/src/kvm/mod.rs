@@ -4,6 +4,12 @@ mod build;
 mod cpuid;
 mod facts;
 mod probe;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
+#[cfg(test)]
+mod tests_virtio;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
