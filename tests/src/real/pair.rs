@@ -117,6 +117,18 @@ impl Pair {
         &self.config
     }
 
+    /// Writes another configuration beside `pair.toml`: the same with `from` replaced by `to`.
+    ///
+    /// # Panics
+    /// If `from` is not in it.
+    pub fn altered_config(&self, name: &str, from: &str, to: &str) -> Result<PathBuf> {
+        let text = fs::read_to_string(&self.config).map_err(Error::io("cannot read pair.toml"))?;
+        assert!(text.contains(from), "{from:?} is not in pair.toml");
+        let path = self.dir.path().join(name);
+        fs::write(&path, text.replace(from, to)).map_err(Error::io(format!("cannot write {}", path.display())))?;
+        Ok(path)
+    }
+
     /// The programs.
     #[must_use]
     pub fn artifacts(&self) -> &Artifacts {
@@ -134,9 +146,15 @@ impl Pair {
     }
 
     fn start_daemon(&mut self, node: Node, program: &str, flags: &[&str]) -> Result<()> {
+        let config = self.config.clone();
+        self.start_with(node, program, &config, flags)
+    }
+
+    /// Starts a program on a host with a configuration of its own, in place of what ran there.
+    pub fn start_with(&mut self, node: Node, program: &str, config: &Path, flags: &[&str]) -> Result<()> {
         *self.slot(node) = None;
         let mut command = Command::new(self.artifacts.program(program));
-        command.arg("--config").arg(&self.config).args(["--node", node.as_str()]).args(flags);
+        command.arg("--config").arg(config).args(["--node", node.as_str()]).args(flags);
         command.env("RUST_LOG", std::env::var("RUST_LOG").unwrap_or_else(|_| "info".into()));
         let daemon = Daemon::start(node, self.network.host(node), command, &self.log(node))?;
         *self.slot(node) = Some(daemon);
