@@ -6,9 +6,11 @@
 #![forbid(unsafe_code)]
 
 pub mod arbiter;
+pub mod config;
 pub mod decide;
 mod detector;
 pub mod exit;
+pub mod generation;
 pub mod permit;
 pub mod reason;
 

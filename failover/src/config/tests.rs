@@ -1,0 +1,140 @@
+use super::*;
+
+const GOOD: &str = r#"
+[vm]
+name = "web1"
+id = "6f3c0000-1111-4222-8333-444455556666"
+memory = "256MiB"
+kernel = "guest-kv"
+
+[arbiter]
+kind = "file"
+path = "record.json"
+
+[nodes.a]
+replication = "127.0.0.1:7400"
+tap = "ftap0"
+control = "/run/ft/a.sock"
+health = "127.0.0.1:7480"
+state_dir = "/var/lib/ft/a"
+
+[nodes.b]
+replication = "127.0.0.1:7401"
+tap = "ftap1"
+control = "/run/ft/b.sock"
+state_dir = "/var/lib/ft/b"
+"#;
+
+fn parse(text: &str) -> Result<PairConfig, ConfigError> {
+    PairConfig::parse(text, "pair.toml", Path::new("/etc/ft"))
+}
+
+fn message(text: &str) -> String {
+    let text = parse(text).unwrap_err().to_string();
+    assert_eq!(text.lines().count(), 1, "{text}");
+    text
+}
+
+fn edited(from: &str, to: &str) -> String {
+    assert!(GOOD.contains(from), "{from}");
+    GOOD.replacen(from, to, 1)
+}
+
+#[test]
+fn defaults_paths_and_sides() {
+    let config = parse(GOOD).unwrap();
+    assert_eq!(config.timers.solo, Duration::from_millis(150));
+    assert_eq!(config.limits.staging, 128 << 20);
+    assert_eq!(config.vm.kernel.as_deref(), Some(Path::new("/etc/ft/guest-kv")));
+    let a = config.pick("a").unwrap();
+    assert_eq!(config.peer_of(&a).unwrap().0.as_str(), "b");
+    assert_eq!(config.node(&a).unwrap().console(), Console::File("/var/lib/ft/a/console.log".into()));
+    assert!(config.pick("c\u{1b}[2J").unwrap_err().to_string().contains("the configuration has a and b"));
+    assert_eq!(config.vm.mac().to_string()[..9], *"52:54:00:");
+    assert_eq!(config.vm.mac(), parse(GOOD).unwrap().vm.mac());
+}
+
+#[test]
+fn the_effective_configuration_reads_as_itself() {
+    let config = parse(GOOD).unwrap();
+    assert_eq!(parse(&config.effective()), Ok(config.clone()));
+    assert!(config.derived().contains("primary killed: takeover begins after about 20ms"));
+}
+
+#[test]
+fn a_byte_order_mark_and_dos_lines_are_tolerated_other_encodings_are_not() {
+    assert_eq!(parse(&format!("\u{FEFF}{}", GOOD.replace('\n', "\r\n"))), parse(GOOD));
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("pair.toml");
+    let utf16: Vec<u8> = [0xFF, 0xFE].into_iter().chain(GOOD.bytes().flat_map(|byte| [byte, 0])).collect();
+    std::fs::write(&path, utf16).unwrap();
+    assert!(PairConfig::load(&path).unwrap_err().to_string().contains("UTF-16"));
+    std::fs::write(&path, [b'#', 0xC3, 0x28]).unwrap();
+    assert!(PairConfig::load(&path).unwrap_err().to_string().contains("not UTF-8"));
+}
+
+#[test]
+fn a_huge_file_is_refused_without_reading_it_all() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("pair.toml");
+    File::create(&path).unwrap().set_len(100 << 20).unwrap();
+    assert!(PairConfig::load(&path).unwrap_err().to_string().contains("longer than 1MiB"));
+    let missing = PairConfig::load(&directory.path().join("none.toml")).unwrap_err().to_string();
+    assert!(missing.contains("none.toml: No such file"), "{missing}");
+}
+
+#[test]
+fn syntax_errors_name_the_line_and_its_text() {
+    let text = message(&edited("memory = \"256MiB\"", "memory = \"256MB\""));
+    assert!(text.starts_with("pair.toml line 5: not a size: \"256MB\"") && text.contains("memory ="), "{text}");
+    let text = message(&edited("kernel = \"guest-kv\"", "kernal = \"guest-kv\""));
+    assert!(text.contains("line 6: unknown field `kernal`"), "{text}");
+    let text = message(&format!("{GOOD}\n[timers]\nsolo = \"-5ms\"\n"));
+    assert!(text.contains("not a duration") && text.contains("solo ="), "{text}");
+    let text = message(&edited("path = \"record.json\"", "path = \"record.json\"\nttl = 3"));
+    assert!(text.contains("unknown field `ttl`"), "{text}");
+    assert!(message("[vm").contains("line 1"), "unclosed");
+    assert!(message(&format!("{GOOD}\n[timers]\nsolo = 150\n")).contains("solo = 150"));
+}
+
+#[test]
+fn values_out_of_bounds_and_unsafe_timers_are_refused_with_their_key() {
+    let cases = [
+        (format!("{GOOD}[timers]\ntakeover = \"150ms\"\n"), "timers.takeover: 150ms must be longer than timers.solo"),
+        (format!("{GOOD}[timers]\nheartbeat = \"50ms\"\n"), "timers.heartbeat: 50ms is too long"),
+        (format!("{GOOD}[epoch]\ninterval = \"0ms\"\n"), "epoch.interval: 0us is out of bounds"),
+        (format!("{GOOD}[limits]\nstaging = \"1B\"\n"), "limits.staging"),
+        (edited("memory = \"256MiB\"", "memory = \"1048577B\""), "vm.memory: must be a multiple"),
+        (edited("kernel = \"guest-kv\"", "vcpus = 3"), "vm.vcpus: 3 vCPUs"),
+        (edited("kernel = \"guest-kv\"", "vcpus = 1"), "vm.kernel: missing"),
+        (edited("127.0.0.1:7401", "127.0.0.1:7400"), "nodes.b.replication: the same as that of node a"),
+        (edited("127.0.0.1:7401", "10.78.0.2:7400"), "nodes.b.replication: 10.78.0.2:7400 is not loopback"),
+        (edited("127.0.0.1:7401", "0.0.0.0:7400"), "nodes.b.replication: must be the address"),
+        (edited("/run/ft/b.sock", "/run/ft/a.sock"), "nodes.b.control"),
+        (edited("/var/lib/ft/b", "/var/lib/ft/a"), "nodes.b.state_dir"),
+        (edited("ftap1", "../evil"), "nodes.b.tap"),
+        (edited("/run/ft/b.sock", &format!("/run/{}", "x".repeat(120))), "nodes.b.control: 125 bytes"),
+        (edited("[nodes.b]", "[nodes.a2]\nreplication = \"127.0.0.1:1\"\ntap=\"t\"\ncontrol=\"c\"\nstate_dir=\"s\"\n[nodes.b]"), "nodes: 3 nodes"),
+    ];
+    for (text, expected) in cases {
+        let found = message(&text);
+        assert!(found.contains(expected), "{found}\n  lacks {expected}");
+    }
+    assert!(parse(&format!("{}[link]\ninsecure_lab = true\n", edited("127.0.0.1:7401", "10.78.0.2:7400"))).is_ok());
+}
+
+#[test]
+fn names_and_addresses_are_checked_where_they_are_read() {
+    for (from, to) in [
+        ("name = \"web1\"", "name = \"../x\""),
+        ("name = \"web1\"", "name = \"a\\u001b[2J\""),
+        ("6f3c0000-1111-4222-8333-444455556666", "6f3c"),
+        ("kernel = \"guest-kv\"", "kernel = \"k\"\nmac = \"ff:ff:ff:ff:ff:ff\""),
+        ("kernel = \"guest-kv\"", "kernel = \"k\"\nmac = \"52:54:00:1:2:3\""),
+        ("[nodes.a]", "[nodes.A]"),
+        ("tap = \"ftap0\"", "tap = \"ftap0\"\nconsole = \"unix:\""),
+    ] {
+        message(&edited(from, to));
+    }
+    assert!(parse(&edited("tap = \"ftap0\"", "tap = \"ftap0\"\nconsole = \"unix:/run/c\"")).is_ok());
+}
