@@ -131,13 +131,15 @@ pub(crate) fn run(start_info: u64) -> Result<Infallible, &'static str> {
 fn find_net(options: &Options) -> Result<Net, &'static str> {
     for device in options.devices() {
         let Some(address) = u32::try_from(device.address).ok().filter(|_| device.size >= 0x108) else { continue };
+        // Routed before the device starts: an edge on an input that is still masked is lost, and a device whose
+        // interrupt nobody acknowledged raises no other.
+        let routed = boot::set_device(device.irq, address) && apic::route(device.irq);
         // SAFETY: the VMM says that there are virtio-mmio registers; each device is probed once.
         let Some(net) = (unsafe { Net::probe(device) }) else { continue };
-        let net = net?;
-        if !boot::set_device(device.irq, address) || !apic::route(device.irq) {
+        if !routed {
             return Err("the network device's interrupt is not an input of the first I/O APIC");
         }
-        return Ok(net);
+        return net;
     }
     Err("no network device: the command line names none as virtio_mmio.device=<size>@<address>:<irq>")
 }
