@@ -41,7 +41,8 @@ impl Greeting {
     /// before it is handed over.
     ///
     /// # Errors
-    /// What comes first is no hello; close without an answer.
+    /// What comes first is no hello: close without an answer. For [`LinkError::Incompatible`] (another protocol version) feed
+    /// [`into_bytes`](Self::into_bytes) to a [`Receiver`](crate::Receiver), whose refusal tells the caller why.
     pub fn handle_bytes(&mut self, bytes: &[u8]) -> Result<Option<&Caller>, LinkError> {
         if self.caller.is_some() || bytes.len() > MAX_INPUT_BYTES || self.bytes.len() > MAX_FRAME_BYTES {
             return Err(ApiMisuse::InputNotPolled.into());

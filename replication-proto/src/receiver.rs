@@ -59,7 +59,8 @@ pub enum ReceiverEvent {
     Pages {
         /// Which.
         indexes: Vec<PageIndex>,
-        /// Their bytes one after the other, [`crate::limits::PAGE_BYTES`] each.
+        /// Their bytes one after the other, [`crate::limits::PAGE_BYTES`] each. They may share one piece of memory with the events
+        /// around them: who keeps few of them for long copies them.
         bytes: Bytes,
     },
     /// A section of the checkpoint under way.
