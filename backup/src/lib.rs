@@ -1,1 +1,20 @@
-//! Being written.
+//! The side that waits: collect, verify, commit, apply, and, when it must, activate.
+//!
+//! In reading order:
+//! * [`inbox`]: the incomplete epoch, which the standby never sees
+//! * [`commit`]: **the story** of a commit: verify, commit, acknowledge
+//! * [`standby`]: the machine that never ran, and the thread that applies committed checkpoints
+//! * [`activate`]: **the other story**: the standby becomes the machine that runs
+//! * [`announce`]: the LAN learns where the guest is
+//! * [`silent`]: taps that listen and say nothing
+//! * [`link`]: the listening side of replication
+//! * [`wait`]: the event loop that ties them to the decision core
+
+pub mod activate;
+pub mod announce;
+pub mod commit;
+pub mod inbox;
+pub mod link;
+pub mod silent;
+pub mod standby;
+pub mod wait;

@@ -1,1 +1,33 @@
-//! Being written.
+//! The side that runs: pause, stage, send, release.
+//!
+//! In reading order:
+//! * [`epoch`]: **the story** of a checkpoint, from the end of an epoch to the send
+//! * [`link`]: the data connection; the story goes on there to the commit, the release and the retirement
+//! * [`staging`]: buffers that own a checkpoint once the guest runs on
+//! * [`output`]: the gate that holds what the guest says until its epoch is committed
+//! * [`bulk`]: the base, copied while the guest runs
+//! * [`pacer`]: when an epoch ends
+//! * [`runner`]: the thread that owns the machine
+//! * [`protect`]: the life of a protection session; pure
+//! * [`owner`]: the event loop that ties them to the decision core
+//! * [`host`]: what both sides' processes have in common: configuration, arbiter, control socket, health, status, events
+
+pub mod alone;
+pub mod bulk;
+pub mod clock;
+pub mod desk;
+pub mod dial;
+pub mod epoch;
+pub mod events;
+pub mod host;
+pub mod link;
+pub mod metrics;
+pub mod output;
+pub mod owner;
+pub mod pacer;
+pub mod protect;
+pub mod pulse;
+pub mod runner;
+pub mod setup;
+pub mod staging;
+pub mod start;

@@ -1,0 +1,117 @@
+//! **The story of an activation**: the standby becomes the machine that runs. Whoever calls this holds the permit; nothing here can
+//! be undone, and every step is milliseconds or less.
+
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use failover::RunPermit;
+use primary::epoch::EpochParts;
+use primary::host::Host;
+use primary::output::held::{HELD_SECTION, HeldError, HeldFrames};
+use primary::runner::{Runner, RunnerEvent};
+use replication_proto::Epoch;
+use vmm::machine::{RestoreError, RunError};
+use vmm::{ClockPolicy, Section};
+
+use crate::announce::announce;
+use crate::commit::Holding;
+use crate::link::LinkThread;
+use crate::silent::SilentTaps;
+use crate::standby::{Applied, ApplierThread, Standby};
+
+/// All that waits on the backup while the primary lives.
+pub struct Waiting {
+    /// The listening socket and the connection to the primary.
+    pub link: LinkThread,
+    /// Committed checkpoints on their way into memory.
+    pub applier: ApplierThread,
+    /// The machine.
+    pub standby: Standby,
+    /// Inbound frames that nobody has answered yet.
+    pub taps: SilentTaps,
+}
+
+/// A machine that runs.
+pub struct Activated {
+    /// Its thread.
+    pub runner: Runner,
+    /// The epoch that it goes on from.
+    pub epoch: Epoch,
+    /// Frames of that epoch that were sent again.
+    pub resent: usize,
+    /// From the permit until the guest ran.
+    pub took: Duration,
+}
+
+/// Why an activation failed. The guest does not run; the permit is spent.
+#[derive(Debug, thiserror::Error)]
+pub enum ActivateError {
+    /// No base was ever committed here.
+    #[error("this standby is hollow: no base was committed")]
+    Hollow,
+    /// The committed state is not one that this machine can run from.
+    #[error("the committed state cannot be restored")]
+    Restore(#[from] RestoreError),
+    /// The held frames of the last epoch are unreadable.
+    #[error(transparent)]
+    Held(#[from] HeldError),
+    /// The machine did not run.
+    #[error(transparent)]
+    Run(#[from] RunError),
+    /// No thread could be started.
+    #[error("no thread could be started")]
+    Thread(#[from] io::Error),
+}
+
+/// Turns what waits into a machine that runs.
+///
+/// # Errors
+/// See [`ActivateError`].
+pub fn activate(
+    permit: RunPermit,
+    waiting: Waiting,
+    host: &Host,
+    tell: impl Fn(RunnerEvent) + Send + 'static,
+) -> Result<Activated, ActivateError> {
+    let began = Instant::now();
+    let Waiting { link, applier, standby, taps } = waiting;
+    // 1. No acknowledgement leaves from here on; the incomplete epoch is dropped.
+    let holding = link.close();
+    // 2. Every committed checkpoint is in memory.
+    let Applied { epoch, sections } = applier.finish().ok_or(ActivateError::Hollow)?;
+    assert_eq!(holding, Holding::Whole(epoch), "memory holds exactly the last committed epoch");
+    // 3. vCPUs, interrupt controllers, devices and clocks, as of the same instant.
+    let (held, sections) = split_held(sections)?;
+    let mut machine = standby.into_machine();
+    machine.restore(&sections, ClockPolicy::ResumeFromCheckpoint)?;
+    // 4. The LAN learns where the guest is now. What the guest itself says waits for the word of the decision core.
+    host.gate.hold();
+    host.gate.adopt_speakers(held.speakers.clone());
+    announce(&host.gate, &host.macs(), &held.speakers)?;
+    // 5. What the guest said in its last committed epoch may have died with the primary: say it again.
+    held.frames.iter().for_each(|(nic, frame)| host.gate.send_for_guest(*nic, frame));
+    // 6. What was said to it meanwhile.
+    for (nic, frames) in taps.stop() {
+        machine.queue_inbound(nic, frames);
+    }
+    // 7. Run, on the strength of the permit. Queues count as kicked, pending interrupts are raised again.
+    let parts = EpochParts {
+        gate: Arc::clone(&host.gate),
+        arena: Arc::clone(&host.arena),
+        metrics: Arc::clone(&host.metrics),
+    };
+    let runner = Runner::start(machine, parts, epoch, host.config.epoch.interval, host.clock, tell)?;
+    runner.run(permit)?;
+    Ok(Activated { runner, epoch, resent: held.frames.len(), took: began.elapsed() })
+}
+
+fn split_held(mut sections: Vec<Section>) -> Result<(HeldFrames, Vec<Section>), HeldError> {
+    match sections.iter().position(|s| s.kind == HELD_SECTION) {
+        Some(at) => {
+            let held = sections.remove(at);
+            Ok((HeldFrames::decode(held.version, &held.bytes)?, sections))
+        }
+        None => Ok((HeldFrames::default(), sections)),
+    }
+}

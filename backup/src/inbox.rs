@@ -1,0 +1,166 @@
+//! The incomplete epoch: what has arrived of a checkpoint and is not committed. The standby never sees any of it. Pure.
+
+use bytes::Bytes;
+use replication_proto::{CheckpointDigest, EpochDigest};
+use replication_proto::{Epoch, PageIndex};
+use replication_proto::CheckpointKind;
+use vmm::{Section, SectionKind};
+
+/// Pages as they arrived in one message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PageBatch {
+    /// Which pages.
+    pub indexes: Vec<PageIndex>,
+    /// Their bytes, one page after another.
+    pub bytes: Bytes,
+}
+
+/// A checkpoint that has not ended.
+pub struct Incomplete {
+    epoch: Epoch,
+    kind: CheckpointKind,
+    batches: Vec<PageBatch>,
+    sections: Vec<Section>,
+    pages: u64,
+    kept_bytes: usize,
+    digest: EpochDigest,
+}
+
+/// Where arriving pages of a checkpoint go.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Destination {
+    /// Kept until the commit.
+    Kept,
+    /// Into the standby's memory at once: it is hollow until the base is committed.
+    Hollow(PageBatch),
+}
+
+/// Why an arriving piece was refused. The connection ends; what was committed stays.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum InboxError {
+    /// A piece of a checkpoint that was not begun, or a beginning inside one.
+    #[error("{0} arrived out of order")]
+    OutOfOrder(&'static str),
+    /// More than the inbox may hold.
+    #[error("epoch {epoch} is larger than the inbox limit of {limit} bytes")]
+    TooLarge {
+        /// The epoch.
+        epoch: Epoch,
+        /// `limits.inbox`.
+        limit: usize,
+    },
+}
+
+/// Collects one checkpoint at a time.
+pub struct Inbox {
+    current: Option<Incomplete>,
+    limit: usize,
+}
+
+impl Inbox {
+    /// An empty inbox that holds at most `limit` bytes of an incomplete epoch.
+    pub fn new(limit: usize) -> Self {
+        Self { current: None, limit }
+    }
+
+    /// A checkpoint begins.
+    ///
+    /// # Errors
+    /// One is under way already.
+    pub fn begin(&mut self, epoch: Epoch, kind: CheckpointKind) -> Result<(), InboxError> {
+        if self.current.is_some() {
+            return Err(InboxError::OutOfOrder("the beginning of a checkpoint"));
+        }
+        self.current = Some(Incomplete {
+            epoch,
+            kind,
+            batches: Vec::new(),
+            sections: Vec::new(),
+            pages: 0,
+            kept_bytes: 0,
+            digest: EpochDigest::new(epoch, kind),
+        });
+        Ok(())
+    }
+
+    /// Pages arrived, decoded.
+    ///
+    /// # Errors
+    /// No checkpoint is under way, or it is too large.
+    pub fn pages(&mut self, batch: PageBatch) -> Result<Destination, InboxError> {
+        let limit = self.limit;
+        let current = self.current.as_mut().ok_or(InboxError::OutOfOrder("pages"))?;
+        current.digest.pages(&batch.indexes, &batch.bytes);
+        current.pages += u64::try_from(batch.indexes.len()).unwrap_or(u64::MAX);
+        match current.kind {
+            CheckpointKind::Base => Ok(Destination::Hollow(batch)),
+            CheckpointKind::Delta => {
+                current.keep(batch.bytes.len(), limit)?;
+                current.batches.push(batch);
+                Ok(Destination::Kept)
+            }
+        }
+    }
+
+    /// A section arrived.
+    ///
+    /// # Errors
+    /// No checkpoint is under way, or it is too large.
+    pub fn section(&mut self, kind: u16, version: u16, bytes: &[u8]) -> Result<(), InboxError> {
+        let limit = self.limit;
+        let current = self.current.as_mut().ok_or(InboxError::OutOfOrder("a section"))?;
+        current.digest.section(kind, version, bytes);
+        current.keep(bytes.len(), limit)?;
+        current.sections.push(Section { kind: SectionKind(kind), version, bytes: bytes.to_vec() });
+        Ok(())
+    }
+
+    /// The checkpoint has ended; whether it is whole is the commit's question.
+    ///
+    /// # Errors
+    /// No checkpoint is under way.
+    pub fn take(&mut self) -> Result<Incomplete, InboxError> {
+        self.current.take().ok_or(InboxError::OutOfOrder("the end of a checkpoint"))
+    }
+
+    /// Forgets what is incomplete. True when there was something.
+    pub fn drop_incomplete(&mut self) -> bool {
+        self.current.take().is_some()
+    }
+}
+
+impl Incomplete {
+    fn keep(&mut self, bytes: usize, limit: usize) -> Result<(), InboxError> {
+        self.kept_bytes = self.kept_bytes.saturating_add(bytes);
+        if self.kept_bytes > limit {
+            return Err(InboxError::TooLarge { epoch: self.epoch, limit });
+        }
+        Ok(())
+    }
+
+    /// Which epoch it ends.
+    pub fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
+    /// Base or delta.
+    pub fn kind(&self) -> CheckpointKind {
+        self.kind
+    }
+
+    /// Pages that arrived.
+    pub fn page_count(&self) -> u64 {
+        self.pages
+    }
+
+    /// Sections that arrived.
+    pub fn section_count(&self) -> usize {
+        self.sections.len()
+    }
+
+    /// Takes it apart: digest of what arrived, pages kept, sections.
+    pub fn into_parts(self) -> (CheckpointDigest, Vec<PageBatch>, Vec<Section>) {
+        let Self { epoch: _, kind: _, batches, sections, pages: _, kept_bytes: _, digest } = self;
+        (digest.finish(), batches, sections)
+    }
+}

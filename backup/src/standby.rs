@@ -1,0 +1,126 @@
+//! The standby: a machine that was built like the primary's and never ran, and the thread that applies committed checkpoints to its
+//! memory, in order. It cannot run; only [`crate::activate`] turns it into something that can.
+
+use std::io;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use crossbeam::channel::{Receiver, Sender, bounded};
+use replication_proto::Epoch;
+use vmm::{GuestRam, Machine, PAGE_SIZE, PageNo, Section};
+
+use crate::commit::Committed;
+use crate::inbox::PageBatch;
+
+/// Pieces that wait for the applier before whoever sends them waits too.
+const PIECES_WAITING_MAX: usize = 64;
+
+/// A machine that never ran.
+pub struct Standby {
+    machine: Box<dyn Machine>,
+}
+
+/// Hands pages to the standby's memory.
+#[derive(Clone)]
+pub struct Applier {
+    jobs: Sender<Job>,
+}
+
+/// The applier's thread; it ends when every [`Applier`] is dropped and all is applied.
+pub struct ApplierThread {
+    handle: JoinHandle<Option<Applied>>,
+}
+
+/// The machine state that the standby's memory goes with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Applied {
+    /// End of this epoch.
+    pub epoch: Epoch,
+    /// Everything but memory.
+    pub sections: Vec<Section>,
+}
+
+enum Job {
+    Hollow(PageBatch),
+    Checkpoint(Committed),
+}
+
+impl Standby {
+    /// Takes a machine that was just built.
+    pub fn new(machine: Box<dyn Machine>) -> Self {
+        Self { machine }
+    }
+
+    /// The machine, for its facts and its RAM's layout.
+    pub fn machine(&self) -> &dyn Machine {
+        &*self.machine
+    }
+
+    /// Starts applying. `applied` is called on the applier's thread with the bytes of each committed checkpoint that is in.
+    ///
+    /// # Errors
+    /// No thread could be started.
+    pub fn start_applier(&self, applied: impl Fn(usize) + Send + 'static) -> io::Result<(Applier, ApplierThread)> {
+        let (jobs, inbox) = bounded(PIECES_WAITING_MAX);
+        let ram = Arc::clone(self.machine.ram());
+        let handle = std::thread::Builder::new().name("ft-apply".into()).spawn(move || apply_all(&ram, &inbox, &applied))?;
+        Ok((Applier { jobs }, ApplierThread { handle }))
+    }
+
+    /// The machine, to be activated.
+    pub fn into_machine(self) -> Box<dyn Machine> {
+        self.machine
+    }
+}
+
+impl Applier {
+    /// Pages of a base that is not committed: the standby is hollow.
+    pub fn apply_hollow(&self, pages: PageBatch) {
+        self.send(Job::Hollow(pages));
+    }
+
+    /// A committed checkpoint.
+    pub fn apply(&self, committed: Committed) {
+        self.send(Job::Checkpoint(committed));
+    }
+
+    fn send(&self, job: Job) {
+        assert!(self.jobs.send(job).is_ok(), "the applier ends only after its last sender");
+    }
+}
+
+impl ApplierThread {
+    /// Waits until everything handed over is applied. All [`Applier`]s must have been dropped. `None`: no checkpoint was ever committed.
+    pub fn finish(self) -> Option<Applied> {
+        self.handle.join().expect("the applier does not panic")
+    }
+}
+
+fn apply_all(ram: &GuestRam, jobs: &Receiver<Job>, applied: &impl Fn(usize)) -> Option<Applied> {
+    let mut last = None;
+    for job in jobs {
+        match job {
+            Job::Hollow(batch) => {
+                last = None;
+                apply_batch(ram, &batch);
+            }
+            Job::Checkpoint(committed) => {
+                let bytes = committed.bytes();
+                committed.pages.iter().for_each(|batch| apply_batch(ram, batch));
+                last = Some(Applied { epoch: committed.epoch, sections: committed.sections });
+                drop(committed.pages);
+                applied(bytes);
+            }
+        }
+    }
+    last
+}
+
+fn apply_batch(ram: &GuestRam, batch: &PageBatch) {
+    let (pages, rest) = batch.bytes.as_chunks::<PAGE_SIZE>();
+    assert!(rest.is_empty() && pages.len() == batch.indexes.len(), "a batch of whole pages");
+    for (index, page) in batch.indexes.iter().zip(pages) {
+        // The receiver refused every index outside the RAM that both sides agreed on.
+        ram.copy_in(PageNo(index.0), page).expect("page indexes are checked when they arrive");
+    }
+}

@@ -1,0 +1,158 @@
+//! **The story of a checkpoint**, steps 1 to 9 of ARCHITECTURE.md's table; [`crate::link`] tells the rest, from the send to the release.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use replication_proto::Epoch;
+use vmm::machine::{CaptureError, DirtyError, Machine, PauseError, RunError};
+use vmm::memory::NotRam;
+use vmm::{DirtySet, PausedVm, Section};
+
+use crate::link::Link;
+use crate::metrics::Metrics;
+use crate::output::Gate;
+use crate::output::held::{HELD_SECTION, HELD_VERSION, HeldFrames};
+use crate::staging::{Arena, StagedPages};
+
+/// One checkpoint, owned: nothing in it refers to guest memory.
+#[derive(Debug)]
+pub struct StagedCheckpoint {
+    /// The epoch that it ends.
+    pub epoch: Epoch,
+    /// The pages dirtied in the epoch.
+    pub pages: StagedPages,
+    /// Machine state, and the frames that wait for this epoch.
+    pub sections: Vec<Section>,
+    /// Kept until the commit, which retires it; dropped earlier, it gives its pages back.
+    pub dirty: DirtySet,
+    /// When the guest ran on.
+    pub resumed: Instant,
+}
+
+/// What a checkpoint needs besides the machine.
+pub struct EpochParts {
+    /// Where the guest's outputs wait.
+    pub gate: Arc<Gate>,
+    /// Where its pages are staged.
+    pub arena: Arc<Arena>,
+    /// Where the time goes.
+    pub metrics: Arc<Metrics>,
+}
+
+/// What the guest does after a checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Afterwards {
+    /// It runs on.
+    RunsOn,
+    /// It stays stopped: the last checkpoint of a planned switchover.
+    StaysStopped,
+}
+
+/// Why a checkpoint was given up. Its dirty pages went back to the ledger, its outputs stay held.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointError {
+    /// The link to the backup is gone.
+    #[error("the link to the backup is gone")]
+    LinkLost,
+    /// This side lost the right to run.
+    #[error("this side was fenced")]
+    Fenced,
+    /// The guest could not be stopped.
+    #[error(transparent)]
+    Pause(#[from] PauseError),
+    /// Its state could not be read.
+    #[error(transparent)]
+    Capture(#[from] CaptureError),
+    /// The dirty log could not be read.
+    #[error(transparent)]
+    Dirty(#[from] DirtyError),
+    /// The dirty log named a page that is not RAM.
+    #[error(transparent)]
+    NotRam(#[from] NotRam),
+    /// The guest could not be resumed.
+    #[error(transparent)]
+    Resume(#[from] RunError),
+    /// The backup could never hold a checkpoint of this size.
+    #[error("epoch {epoch} dirtied {bytes} bytes, more than the {limit} that the backup takes")]
+    TooLarge {
+        /// The epoch.
+        epoch: Epoch,
+        /// Its size.
+        bytes: usize,
+        /// `limits.inbox`.
+        limit: usize,
+    },
+}
+
+/// Ends `epoch` with a checkpoint and hands it to `link`.
+///
+/// # Errors
+/// See [`CheckpointError`]; the guest runs on in every case but a failed resume.
+pub fn checkpoint(
+    machine: &mut dyn Machine,
+    parts: &EpochParts,
+    link: &Link,
+    epoch: Epoch,
+    afterwards: Afterwards,
+) -> Result<(), CheckpointError> {
+    let staged = take(machine, parts, link, epoch, afterwards)?;
+    // 8, 9. Encode and send, on the link's own thread.
+    link.send(staged)
+}
+
+/// The same for the checkpoint that ends a base which was begun on `link`.
+///
+/// # Errors
+/// As [`checkpoint`].
+pub fn checkpoint_base(
+    machine: &mut dyn Machine,
+    parts: &EpochParts,
+    link: &Link,
+    epoch: Epoch,
+    afterwards: Afterwards,
+) -> Result<(), CheckpointError> {
+    let staged = take(machine, parts, link, epoch, afterwards)?;
+    link.end_base(staged)
+}
+
+/// Steps 1 to 7.
+fn take(
+    machine: &mut dyn Machine,
+    parts: &EpochParts,
+    link: &Link,
+    epoch: Epoch,
+    afterwards: Afterwards,
+) -> Result<StagedCheckpoint, CheckpointError> {
+    // 1. The epoch may end only while what is in flight is within its limits.
+    link.wait_for_room(&parts.arena)?;
+    // 2. Stop the vCPUs exactly, quiesce devices, drain interrupts.
+    let mut paused = PausedVm::pause(machine)?;
+    // 3. Outputs so far belong to this epoch; before resume, once.
+    let held = parts.gate.seal(epoch).ok_or(CheckpointError::Fenced)?;
+    // 4. Machine state. May itself write guest memory, so it comes before the dirty set.
+    let mut sections = paused.capture()?;
+    // 5. Which pages were written, by the guest and by us.
+    let dirty = paused.take_dirty()?;
+    // 6. Copy them out; from here on nothing refers to guest memory.
+    let staging = Instant::now();
+    let pages = parts.arena.stage(paused.ram(), &dirty)?;
+    let stage = staging.elapsed();
+    // 7. The guest runs on. What follows happens beside it.
+    let began = paused.began();
+    let timings = match afterwards {
+        Afterwards::RunsOn => paused.resume()?,
+        Afterwards::StaysStopped => paused.stay_stopped(),
+    };
+    let resumed = Instant::now();
+    parts.metrics.paused(resumed - began, timings, stage, pages.len());
+    link.check_size(epoch, &pages)?;
+    sections.push(held_section(&held));
+    Ok(StagedCheckpoint { epoch, pages, sections, dirty, resumed })
+}
+
+fn held_section(held: &HeldFrames) -> Section {
+    Section { kind: HELD_SECTION, version: HELD_VERSION, bytes: held.encode() }
+}
+
+/// How long [`checkpoint`] waits for room before it looks again whether the link still stands.
+pub const ROOM_PATIENCE: Duration = Duration::from_millis(5);

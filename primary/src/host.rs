@@ -1,0 +1,270 @@
+//! What both sides' processes have in common: configuration, the decision core with its arbiter, the gate, status and events.
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+
+use crossbeam::channel::Receiver;
+use failover::arbiter::{ArbiterThread, Completed, NodeRef};
+use failover::config::PairConfig;
+use failover::decide::{Action, Command, Core, GoodbyeReason, Input, PeerReport, StateName, Ticket};
+use failover::exit::ExitCode;
+use failover::generation::StateDir;
+use replication_proto::{Epoch, Facts, HeartbeatBody, Identity, NodeName, RamLayout, Refuse, SenderConfig};
+
+use crate::clock::Clock;
+use crate::desk::Desk;
+use crate::events::{Event, EventFile, monotonic_us};
+use crate::link::LinkLimits;
+use crate::metrics::Metrics;
+use crate::output::Gate;
+use crate::pulse::SharedVoice;
+use crate::staging::Arena;
+
+/// Checkpoints on their way at one time: enough to hide a round trip, few enough that an overload lengthens epochs soon.
+pub const EPOCHS_IN_FLIGHT: usize = 8;
+/// Bit of a heartbeat's `armed` byte: the speaker is PROTECTED.
+const SAYS_PROTECTED: u8 = 1;
+
+/// Whether the process goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flow {
+    /// It does.
+    GoOn,
+    /// It ends with this code.
+    Exit(ExitCode),
+}
+
+/// What both sides' processes have in common.
+pub struct Host {
+    /// `pair.toml`.
+    pub config: PairConfig,
+    /// This process.
+    pub me: NodeRef,
+    /// Time.
+    pub clock: Clock,
+    /// Where outputs wait.
+    pub gate: Arc<Gate>,
+    /// Where pages are staged.
+    pub arena: Arc<Arena>,
+    /// What is measured.
+    pub metrics: Arc<Metrics>,
+    /// What happened when.
+    pub events: EventFile,
+    /// What heartbeats say.
+    pub voice: SharedVoice,
+    /// Who may run.
+    pub core: Core,
+    /// Status, control socket and health endpoint.
+    pub desk: Desk,
+    /// The guest's memory, as both sides must agree on it.
+    pub ram: RamLayout,
+    /// What else both sides must agree on.
+    pub facts: Facts,
+    /// The arbiter's thread.
+    pub arbiter: ArbiterThread,
+    /// What survives a restart.
+    pub state_dir: StateDir,
+    /// Set by SIGTERM and SIGINT.
+    pub terminate: Arc<AtomicBool>,
+    /// State of the link, for people.
+    pub link_note: String,
+}
+
+/// What reaches a host from beside the link.
+#[derive(Debug)]
+pub enum HostEvent {
+    /// The arbiter answered.
+    Arbiter(Completed),
+    /// An operator asks.
+    Control(Ticket, Command),
+}
+
+impl Host {
+    /// This node's name.
+    pub fn node(&self) -> &NodeName {
+        &self.me.node
+    }
+
+    /// Where the peer listens for replication.
+    pub fn peer_address(&self) -> SocketAddr {
+        self.config.peer_of(self.node()).expect("a pair has a peer").1.replication
+    }
+
+    /// The guest's MAC addresses, by network device.
+    pub fn macs(&self) -> Vec<[u8; 6]> {
+        vec![self.config.vm.mac().0]
+    }
+
+    /// Who this process is, under the highest generation that it knows.
+    pub fn identity(&self) -> Identity {
+        let generation = self.core.view(self.clock.now()).generation;
+        let NodeRef { node, incarnation } = self.me.clone();
+        Identity { vm: self.config.vm.id, node, generation, incarnation }
+    }
+
+    /// How this side speaks on a data connection.
+    pub fn sender_config(&self) -> SenderConfig {
+        SenderConfig {
+            identity: self.identity(),
+            ram: self.ram.clone(),
+            facts: self.facts.clone(),
+            // One more than the runner lets be on its way, because the base counts too.
+            max_in_flight: EPOCHS_IN_FLIGHT + 1,
+            compress_base: true,
+        }
+    }
+
+    /// Bounds of a link.
+    pub fn link_limits(&self) -> LinkLimits {
+        let checkpoint_bytes = usize::try_from(self.config.limits.inbox).unwrap_or(usize::MAX);
+        LinkLimits { epochs_in_flight: EPOCHS_IN_FLIGHT, checkpoint_bytes }
+    }
+
+    /// Where the arbiter's answers arrive.
+    pub fn arbiter_answers(&self) -> &Receiver<Completed> {
+        self.arbiter.answers()
+    }
+
+    /// Where operators' commands arrive.
+    pub fn control_requests(&self) -> &Receiver<(Ticket, Command)> {
+        self.desk.requests()
+    }
+
+    /// Whether SIGTERM or SIGINT came. True once.
+    pub fn terminate_requested(&self) -> bool {
+        self.terminate.swap(false, Ordering::AcqRel)
+    }
+
+    /// An ordered stop on nobody's behalf but the service manager's.
+    pub fn stop_command(&mut self) -> Input {
+        Input::Command { ticket: self.desk.own_ticket(), command: Command::Stop }
+    }
+
+    /// What an event means to the decision core.
+    pub fn input_of(&mut self, event: HostEvent) -> Input {
+        match event {
+            HostEvent::Arbiter(Completed { op, answer, took }) => {
+                self.desk.arbiter_took(took);
+                Input::Arbiter { op, answer }
+            }
+            HostEvent::Control(ticket, command) => Input::Command { ticket, command },
+        }
+    }
+
+    /// A frame of the peer arrived.
+    pub fn heard(&self, peer: &Identity, body: Option<&HeartbeatBody>) -> Input {
+        let report = body.map(|body| PeerReport {
+            arbiter_age: body.arbiter_ok_ms.map(|ms| Duration::from_millis(u64::from(ms))),
+            protected: body.armed & SAYS_PROTECTED != 0,
+        });
+        let peer = NodeRef { node: peer.node.clone(), incarnation: peer.incarnation };
+        Input::PeerHeard { peer, report }
+    }
+
+    /// Hands an input to the decision core.
+    pub fn decide(&mut self, input: Input) -> Vec<Action> {
+        self.core.handle(input, self.clock.now())
+    }
+
+    /// Carries out what is the same on both sides; hands back what is not. `committed`: the last committed epoch, for the event file.
+    pub fn carry_out(&mut self, action: Action, committed: Epoch) -> Option<Action> {
+        match action {
+            Action::Arbiter { op, request } => self.arbiter.request(op, request),
+            Action::PersistGeneration(generation) => {
+                if let Err(error) = self.state_dir.persist(generation) {
+                    // Going on would forget what was seen: a rolled-back arbiter could then grant an old right again.
+                    log::error!("{error}");
+                    return Some(Action::Exit(error.exit_code()));
+                }
+            }
+            Action::Reply { ticket, outcome } => self.desk.reply(ticket, outcome),
+            Action::Announce { from, to, reason, generation } => {
+                self.note_suspicion(to);
+                let (from, to, reason) = (from.word(), to.word(), reason.code());
+                self.events.write(&Event::State { from, to, reason, generation, epoch: committed });
+            }
+            Action::Alarm { reason, text } => {
+                log::error!("{}: {text}", reason.text());
+                self.events.write(&Event::Alarm { reason: reason.code(), text: &text });
+            }
+            other => {
+                self.note_grant(&other);
+                return Some(other);
+            }
+        }
+        None
+    }
+
+    fn note_suspicion(&self, to: StateName) {
+        if matches!(to, StateName::Contending | StateName::TakingOver) {
+            let silent = self.core.view(self.clock.now()).partner_age.unwrap_or_default();
+            let silent = u64::try_from(silent.as_micros()).unwrap_or(u64::MAX);
+            self.events.write(&Event::PeerQuiet { last_heard_us: monotonic_us().saturating_sub(silent) });
+        }
+    }
+
+    fn note_grant(&self, action: &Action) {
+        let (right, generation) = match action {
+            Action::BootGuest(permit) => ("boot", permit.generation()),
+            Action::Activate(permit) => ("takeover", permit.generation()),
+            Action::ResumeFenced(permit) => ("resume", permit.generation()),
+            Action::OpenOutput => ("solo", self.identity().generation),
+            Action::TrustAcks { .. } => ("protected", self.identity().generation),
+            _ => return,
+        };
+        self.events.write(&Event::Granted { generation, right });
+    }
+
+    /// Remembers the state of the link for the status.
+    pub fn note_link(&mut self, note: &str) {
+        if self.link_note != note {
+            log::info!("link: {note}");
+            note.clone_into(&mut self.link_note);
+        }
+    }
+
+    /// The peer refused this side.
+    pub fn note_refusal(&mut self, refuse: &Refuse) {
+        let differences: Vec<String> = refuse.differences.iter().map(ToString::to_string).collect();
+        let note = format!("refused by the peer ({}): {} {}", refuse.code, refuse.text, differences.join("; "));
+        if self.link_note != note {
+            log::error!("{note}");
+            self.link_note = note;
+        }
+    }
+
+    /// Brings heartbeats and the status up to date. `committed`: the last committed epoch.
+    pub fn refresh_status(&mut self, committed: Epoch, connected: bool) {
+        let view = self.core.view(self.clock.now());
+        let mut voice = self.voice.lock().unwrap_or_else(PoisonError::into_inner);
+        voice.generation = view.generation;
+        voice.body = HeartbeatBody {
+            committed_epoch: committed,
+            state: StateName::ALL.iter().zip(0u8..).find(|(s, _)| **s == view.state).map_or(0, |(_, n)| n),
+            armed: if view.protected { SAYS_PROTECTED } else { 0 },
+            arbiter_ok_ms: view.arbiter_age.map(|age| u32::try_from(age.as_millis()).unwrap_or(u32::MAX)),
+        };
+        drop(voice);
+        self.desk.show(&view, self.clock.now(), committed, connected, &self.link_note, &self.gate, &self.arena, &self.metrics);
+    }
+}
+
+/// The wire's word for a goodbye.
+pub fn wire_goodbye(reason: GoodbyeReason) -> replication_proto::GoodbyeReason {
+    match reason {
+        GoodbyeReason::Stopped => replication_proto::GoodbyeReason::Stopped,
+        GoodbyeReason::Switchover => replication_proto::GoodbyeReason::Switchover,
+        GoodbyeReason::Leaving => replication_proto::GoodbyeReason::Restarting,
+    }
+}
+
+/// The decision core's word for a goodbye from the wire.
+pub fn core_goodbye(reason: replication_proto::GoodbyeReason) -> GoodbyeReason {
+    match reason {
+        replication_proto::GoodbyeReason::Stopped => GoodbyeReason::Stopped,
+        replication_proto::GoodbyeReason::Switchover => GoodbyeReason::Switchover,
+        _ => GoodbyeReason::Leaving,
+    }
+}

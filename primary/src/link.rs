@@ -1,0 +1,401 @@
+//! The data connection to the backup, and the rest of a checkpoint's story: encode, send, acknowledgement, release, retire (steps 8, 9
+//! and 14 to 16). The only socket that carries guest state, on one thread that does nothing else.
+
+use std::collections::VecDeque;
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use bytes::Bytes;
+use crossbeam::channel::{Receiver, Sender, TryRecvError, unbounded};
+use mio::{Events, Interest, Poll, Token, Waker};
+use replication_proto::LinkError;
+use replication_proto::{Epoch, Generation, Identity};
+use replication_proto::{CheckpointKind, GoodbyeReason, Refuse};
+use replication_proto::{Sender as Protocol, SenderConfig, SenderEvent};
+use vmm::DirtySet;
+
+use crate::epoch::{CheckpointError, ROOM_PATIENCE, StagedCheckpoint};
+use crate::metrics::Metrics;
+use crate::output::Gate;
+use crate::staging::{Arena, StagedPages};
+
+const SOCKET: Token = Token(0);
+const WAKE: Token = Token(1);
+/// No further checkpoint is encoded while this many encoded bytes wait for the socket.
+const ENCODED_BYTES_HIGH: usize = 8 << 20;
+const READ_BUFFER_BYTES: usize = 64 << 10;
+
+/// Bounds of a link.
+#[derive(Clone, Copy, Debug)]
+pub struct LinkLimits {
+    /// Most checkpoints sent and not acknowledged; the next pause waits.
+    pub epochs_in_flight: usize,
+    /// Largest checkpoint that the backup takes, in bytes of pages (`limits.inbox`).
+    pub checkpoint_bytes: usize,
+}
+
+/// What the link tells its owner.
+#[derive(Debug)]
+pub enum LinkEvent {
+    /// The backup is compatible and waits for the base.
+    Accepted(Identity),
+    /// The backup refused protection, and said why.
+    Refused {
+        /// Why.
+        refuse: Refuse,
+        /// The highest generation that the backup knows.
+        generation: Generation,
+    },
+    /// The backup holds every epoch up to this one. Outputs have been released already, where commits are trusted.
+    Committed(Epoch),
+    /// Bytes arrived: the peer lives.
+    Heard,
+    /// The backup said goodbye.
+    Goodbye(GoodbyeReason),
+    /// The connection is gone; un-acknowledged dirty sets went back to the ledger.
+    Closed(LinkEnd),
+}
+
+/// Why a link ended.
+#[derive(Debug, thiserror::Error)]
+pub enum LinkEnd {
+    /// We closed it.
+    #[error("closed by this side")]
+    Closed,
+    /// The peer's kernel closed it: its process ended.
+    #[error("closed by the peer")]
+    EndOfFile,
+    /// The network failed.
+    #[error("connection failed: {0}")]
+    Io(#[from] io::Error),
+    /// The peer broke the protocol, or this side misused it.
+    #[error("protocol: {0}")]
+    Protocol(#[from] LinkError),
+}
+
+enum Command {
+    BeginBase(Epoch),
+    BasePages(StagedPages),
+    EndBase(StagedCheckpoint),
+    Checkpoint(StagedCheckpoint),
+    Goodbye(GoodbyeReason),
+}
+
+/// A handle on the link's thread.
+#[derive(Clone)]
+pub struct Link {
+    commands: Sender<Command>,
+    waker: Arc<Waker>,
+    shared: Arc<Shared>,
+    limits: LinkLimits,
+}
+
+#[derive(Default)]
+struct Shared {
+    in_flight: Mutex<usize>,
+    freed: Condvar,
+    closed: AtomicBool,
+    /// We want no more of this connection, whatever still waits to be sent.
+    abandoned: AtomicBool,
+}
+
+impl Link {
+    /// Takes over a fresh connection and starts the link's thread, which greets the backup at once. `tell` is called on that thread.
+    ///
+    /// # Errors
+    /// The socket cannot be made non-blocking or polled, or no thread could be started.
+    pub fn start(
+        stream: TcpStream,
+        protocol: SenderConfig,
+        limits: LinkLimits,
+        gate: Arc<Gate>,
+        metrics: Arc<Metrics>,
+        tell: impl Fn(LinkEvent) + Send + 'static,
+    ) -> io::Result<(Self, JoinHandle<()>)> {
+        stream.set_nonblocking(true)?;
+        stream.set_nodelay(true)?;
+        let mut stream = mio::net::TcpStream::from_std(stream);
+        let poll = Poll::new()?;
+        poll.registry().register(&mut stream, SOCKET, Interest::READABLE | Interest::WRITABLE)?;
+        let waker = Arc::new(Waker::new(poll.registry(), WAKE)?);
+        let (commands, inbox) = unbounded();
+        let shared = Arc::new(Shared::default());
+        let thread = LinkThread {
+            stream,
+            poll,
+            protocol: Protocol::new(protocol),
+            commands: inbox,
+            in_flight: VecDeque::new(),
+            writing: Bytes::new(),
+            closing: false,
+            shared: Arc::clone(&shared),
+            gate,
+            metrics,
+            tell: Box::new(tell),
+        };
+        let handle = std::thread::Builder::new().name("ft-link".into()).spawn(move || thread.run())?;
+        Ok((Self { commands, waker, shared, limits }, handle))
+    }
+
+    /// Waits until a further checkpoint may be in flight.
+    ///
+    /// # Errors
+    /// [`CheckpointError::LinkLost`] as soon as the link is gone.
+    pub fn wait_for_room(&self, arena: &Arena) -> Result<(), CheckpointError> {
+        loop {
+            self.check_open()?;
+            let in_flight = self.shared.lock();
+            let (in_flight, _) = self
+                .shared
+                .freed
+                .wait_timeout_while(in_flight, ROOM_PATIENCE, |n| *n >= self.limits.epochs_in_flight)
+                .unwrap_or_else(PoisonError::into_inner);
+            let room = *in_flight < self.limits.epochs_in_flight;
+            drop(in_flight);
+            if room && arena.wait_for_room(ROOM_PATIENCE) {
+                return self.check_open();
+            }
+        }
+    }
+
+    /// Refuses a checkpoint that the backup could not hold.
+    ///
+    /// # Errors
+    /// [`CheckpointError::TooLarge`].
+    pub fn check_size(&self, epoch: Epoch, pages: &StagedPages) -> Result<(), CheckpointError> {
+        let (bytes, limit) = (pages.bytes().len(), self.limits.checkpoint_bytes);
+        if bytes > limit { Err(CheckpointError::TooLarge { epoch, bytes, limit }) } else { Ok(()) }
+    }
+
+    /// Hands a checkpoint over for sending.
+    ///
+    /// # Errors
+    /// [`CheckpointError::LinkLost`]; the checkpoint's dirty set has gone back to the ledger.
+    pub fn send(&self, checkpoint: StagedCheckpoint) -> Result<(), CheckpointError> {
+        *self.shared.lock() += 1;
+        self.command(Command::Checkpoint(checkpoint))
+    }
+
+    /// Begins the base: all of RAM, as of `epoch` once it is ended.
+    ///
+    /// # Errors
+    /// [`CheckpointError::LinkLost`].
+    pub fn begin_base(&self, epoch: Epoch) -> Result<(), CheckpointError> {
+        self.command(Command::BeginBase(epoch))
+    }
+
+    /// Sends pages of the base. A page may come again: the later copy counts.
+    ///
+    /// # Errors
+    /// [`CheckpointError::LinkLost`].
+    pub fn base_pages(&self, pages: StagedPages) -> Result<(), CheckpointError> {
+        self.command(Command::BasePages(pages))
+    }
+
+    /// Ends the base with a checkpoint.
+    ///
+    /// # Errors
+    /// [`CheckpointError::LinkLost`].
+    pub fn end_base(&self, checkpoint: StagedCheckpoint) -> Result<(), CheckpointError> {
+        *self.shared.lock() += 1;
+        self.command(Command::EndBase(checkpoint))
+    }
+
+    /// Tells the backup why this side leaves, and closes once that is on its way.
+    pub fn goodbye(&self, reason: GoodbyeReason) {
+        // An error means that the link is gone already, which is what a goodbye wants.
+        self.command(Command::Goodbye(reason)).ok();
+    }
+
+    /// Closes the connection at once, whatever still waits to be sent.
+    pub fn close(&self) {
+        self.shared.abandoned.store(true, Ordering::Release);
+        // An error means that the thread has ended.
+        self.waker.wake().ok();
+    }
+
+    fn check_open(&self) -> Result<(), CheckpointError> {
+        if self.shared.closed.load(Ordering::Acquire) { Err(CheckpointError::LinkLost) } else { Ok(()) }
+    }
+
+    fn command(&self, command: Command) -> Result<(), CheckpointError> {
+        self.commands.send(command).map_err(|_| CheckpointError::LinkLost)?;
+        self.waker.wake().map_err(|_| CheckpointError::LinkLost)?;
+        Ok(())
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, usize> {
+        self.in_flight.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A checkpoint on its way: what must be kept until the backup has it.
+struct InFlight {
+    epoch: Epoch,
+    dirty: DirtySet,
+    resumed: Instant,
+}
+
+struct LinkThread {
+    stream: mio::net::TcpStream,
+    poll: Poll,
+    protocol: Protocol,
+    commands: Receiver<Command>,
+    in_flight: VecDeque<InFlight>,
+    /// The rest of the frame that the socket is taking.
+    writing: Bytes,
+    closing: bool,
+    shared: Arc<Shared>,
+    gate: Arc<Gate>,
+    metrics: Arc<Metrics>,
+    tell: Box<dyn Fn(LinkEvent) + Send>,
+}
+
+impl LinkThread {
+    fn run(mut self) {
+        let end = match self.drive() {
+            Ok(end) | Err(end) => end,
+        };
+        if matches!(end, LinkEnd::Protocol(_)) {
+            self.metrics.protocol_errors.fetch_add(1, Ordering::Relaxed);
+        }
+        let given_up = u64::try_from(self.in_flight.len()).unwrap_or(u64::MAX);
+        self.metrics.epochs_aborted.fetch_add(given_up, Ordering::Relaxed);
+        // Nobody may wait for a link that is gone, and every set that was not acknowledged goes back to the ledger first.
+        self.in_flight.clear();
+        self.shared.closed.store(true, Ordering::Release);
+        self.shared.freed.notify_all();
+        self.stream.shutdown(Shutdown::Both).ok();
+        (self.tell)(LinkEvent::Closed(end));
+    }
+
+    fn drive(&mut self) -> Result<LinkEnd, LinkEnd> {
+        let mut ready = Events::with_capacity(4);
+        let mut buffer = vec![0; READ_BUFFER_BYTES];
+        loop {
+            // Acknowledgements first: outputs wait for them.
+            self.receive(&mut buffer)?;
+            let all_sent = self.transmit()?;
+            if self.shared.abandoned.load(Ordering::Acquire) || (self.closing && all_sent) {
+                return Ok(LinkEnd::Closed);
+            }
+            // While the socket is full, a little more may be encoded ahead.
+            if (all_sent || self.protocol.queued_bytes() < ENCODED_BYTES_HIGH) && self.take_command()? {
+                continue;
+            }
+            match self.poll.poll(&mut ready, None) {
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                other => other?,
+            }
+        }
+    }
+
+    /// Reads and handles all that has arrived.
+    fn receive(&mut self, buffer: &mut [u8]) -> Result<(), LinkEnd> {
+        loop {
+            match self.stream.read(buffer) {
+                Ok(0) => return Err(LinkEnd::EndOfFile),
+                Ok(n) => {
+                    self.protocol.handle_bytes(&buffer[..n])?;
+                    (self.tell)(LinkEvent::Heard);
+                    while let Some(event) = self.protocol.poll_event() {
+                        self.on_event(event);
+                    }
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+
+    fn on_event(&mut self, event: SenderEvent) {
+        let event = match event {
+            SenderEvent::Accepted { peer } => LinkEvent::Accepted(peer),
+            SenderEvent::Refused { refuse, generation } => LinkEvent::Refused { refuse, generation },
+            SenderEvent::Committed { epoch } => {
+                self.on_commit(epoch);
+                LinkEvent::Committed(epoch)
+            }
+            SenderEvent::Goodbye { goodbye, generation: _ } => LinkEvent::Goodbye(goodbye.reason),
+        };
+        (self.tell)(event);
+    }
+
+    /// Steps 14 to 16: the acknowledgement arrived, outputs through `epoch` leave, its dirty set is retired.
+    fn on_commit(&mut self, epoch: Epoch) {
+        self.gate.committed(epoch);
+        while self.in_flight.front().is_some_and(|first| first.epoch <= epoch) {
+            if let Some(done) = self.in_flight.pop_front() {
+                done.dirty.retire();
+                self.metrics.committed(done.resumed.elapsed());
+                *self.shared.lock() -= 1;
+            }
+        }
+        self.shared.freed.notify_all();
+    }
+
+    /// Writes until the socket is full (false) or nothing waits (true).
+    fn transmit(&mut self) -> Result<bool, LinkEnd> {
+        loop {
+            if self.writing.is_empty() {
+                match self.protocol.poll_transmit() {
+                    Some(frame) => self.writing = frame,
+                    None => return Ok(true),
+                }
+            }
+            match self.stream.write(&self.writing) {
+                Ok(n) => {
+                    self.metrics.bytes_sent.fetch_add(u64::try_from(n).unwrap_or(0), Ordering::Relaxed);
+                    drop(self.writing.split_to(n));
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+
+    /// Encodes what waits first in the channel; false when nothing waits.
+    fn take_command(&mut self) -> Result<bool, LinkEnd> {
+        match self.commands.try_recv() {
+            Ok(Command::BeginBase(epoch)) => self.protocol.begin(epoch, CheckpointKind::Base)?,
+            Ok(Command::BasePages(pages)) => self.encode_pages(&pages)?,
+            Ok(Command::EndBase(checkpoint)) => self.encode_rest(checkpoint)?,
+            Ok(Command::Checkpoint(checkpoint)) => {
+                self.protocol.begin(checkpoint.epoch, CheckpointKind::Delta)?;
+                self.encode_rest(checkpoint)?;
+            }
+            Ok(Command::Goodbye(reason)) => {
+                self.protocol.goodbye(reason, "")?;
+                self.closing = true;
+            }
+            Err(TryRecvError::Disconnected) => return Err(LinkEnd::Closed),
+            Err(TryRecvError::Empty) => return Ok(false),
+        }
+        Ok(true)
+    }
+
+    fn encode_pages(&mut self, pages: &StagedPages) -> Result<(), LinkEnd> {
+        self.protocol.pages(&pages.indexes, pages.bytes())?;
+        self.metrics.pages_sent.fetch_add(u64::try_from(pages.len()).unwrap_or(0), Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn encode_rest(&mut self, checkpoint: StagedCheckpoint) -> Result<(), LinkEnd> {
+        let StagedCheckpoint { epoch, pages, sections, dirty, resumed } = checkpoint;
+        self.in_flight.push_back(InFlight { epoch, dirty, resumed });
+        self.encode_pages(&pages)?;
+        for section in &sections {
+            self.protocol.section(section.kind.0, section.version, &section.bytes)?;
+        }
+        self.protocol.end()?;
+        Ok(())
+    }
+}

@@ -1,0 +1,100 @@
+//! `ft-primary`: boots the guest and protects it.
+
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Command, ExitCode};
+
+use anyhow::Context;
+use clap::Parser;
+use crossbeam::channel::unbounded;
+use failover::config::PairConfig;
+use failover::decide::Role;
+use primary::alone::run_alone;
+use primary::clock::Clock;
+use primary::epoch::EpochParts;
+use primary::host::Host;
+use primary::owner::{Owner, OwnerEvent};
+use primary::runner::Runner;
+use primary::setup::{SetupError, build_machine, open_host};
+use primary::start::{Start, await_start};
+use replication_proto::Epoch;
+
+/// Runs the guest of a protected pair on this host.
+#[derive(Parser)]
+#[command(name = "ft-primary", version)]
+struct Args {
+    /// The configuration of the pair, the same file on both hosts.
+    #[arg(long)]
+    config: PathBuf,
+    /// Which of its nodes this host is.
+    #[arg(long)]
+    node: String,
+    /// Run the guest without any protection.
+    #[arg(long)]
+    alone: bool,
+}
+
+fn main() -> ExitCode {
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info")).format_timestamp_micros().init();
+    match run(&Args::parse()) {
+        Ok(code) => ExitCode::from(code.number()),
+        Err(error) => {
+            eprintln!("ft-primary: {error:#}");
+            let code = error.downcast_ref::<SetupError>().map_or(failover::exit::ExitCode::Failure, SetupError::exit_code);
+            ExitCode::from(code.number())
+        }
+    }
+}
+
+fn run(args: &Args) -> anyhow::Result<failover::exit::ExitCode> {
+    let config = PairConfig::load(&args.config).map_err(SetupError::from)?;
+    let node = config.pick(&args.node).map_err(SetupError::from)?;
+    let section = config.node(&node).expect("picked from this configuration").clone();
+    if args.alone {
+        return Ok(run_alone(&config, &section)?);
+    }
+    let clock = Clock::start();
+    // Built and loaded before the arbiter is asked: what is wrong here should not cost anybody a generation.
+    let mut built = build_machine(&config, &section, clock)?;
+    built.machine.load().map_err(SetupError::from)?;
+    let mut host = open_host(config, &node, Role::Primary, clock, &built)?;
+    let (permit, pending) = match await_start(&mut host) {
+        Start::Boot(permit, pending) => (permit, pending),
+        Start::OfferAsBackup => return become_backup(args, host),
+        Start::Exit(code) => return Ok(code),
+    };
+    let (tell, events) = unbounded();
+    let guest = built.machine.events();
+    let runner = start_runner(&host, built.machine, &tell)?;
+    runner.run(permit).context("the guest did not start")?;
+    Ok(Owner::new(host, runner, guest, Epoch(0), (tell, events)).run(pending))
+}
+
+fn start_runner(
+    host: &Host,
+    machine: Box<dyn vmm::Machine>,
+    tell: &crossbeam::channel::Sender<OwnerEvent>,
+) -> anyhow::Result<Runner> {
+    let parts = EpochParts { gate: host.gate.clone(), arena: host.arena.clone(), metrics: host.metrics.clone() };
+    let tell = tell.clone();
+    let runner = Runner::start(machine, parts, Epoch(0), host.config.epoch.interval, host.clock, move |event| {
+        // The owner may have ended.
+        tell.send(OwnerEvent::Runner(event)).ok();
+    });
+    runner.context("the machine's thread did not start")
+}
+
+/// The record does not let this process boot: it waits as a backup instead, in the same place of the service manager's tree.
+fn become_backup(args: &Args, host: Host) -> anyhow::Result<failover::exit::ExitCode> {
+    log::info!("the record does not let this node boot the guest: it offers itself as the backup");
+    drop(host);
+    let program = std::env::current_exe().context("where this program is")?.with_file_name("ft-backup");
+    let error = Command::new(&program)
+        .arg("--config")
+        .arg(&args.config)
+        .arg("--node")
+        .arg(&args.node)
+        .arg("--may-boot")
+        .exec();
+    Err(error).with_context(|| format!("cannot become {}", program.display()))
+}

@@ -1,0 +1,465 @@
+//! The side that owns the guest: carries what happens to the decision core and to the session's state machine, and carries out what
+//! they answer. Nothing is decided here.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crossbeam::channel::{Receiver, Sender, never, select};
+use failover::arbiter::NodeRef;
+use failover::decide::{Action, FenceReason, GoodbyeReason, GuestEnd, Input, LinkLoss};
+use failover::exit::ExitCode;
+use replication_proto::{Epoch, Identity};
+use replication_proto::Pulse;
+use vmm::MachineEvent;
+
+use crate::dial::{self, Streams};
+use crate::events;
+use crate::host::{Flow, Host, HostEvent, wire_goodbye};
+use crate::link::{Link, LinkEnd, LinkEvent};
+use crate::protect::{Protect, Session, Step};
+use crate::pulse::{self, PulseHandle, PulseReport};
+use crate::runner::{Runner, RunnerEvent};
+
+/// What happens to this side.
+#[derive(Debug)]
+pub enum OwnerEvent {
+    /// Both connections to the backup stand, or could not be made.
+    Dialled(Session, io::Result<Streams>),
+    /// From the data connection.
+    Link(Session, LinkEvent),
+    /// From the heartbeat connection.
+    Pulse(Session, PulseReport),
+    /// From the machine's thread.
+    Runner(RunnerEvent),
+}
+
+/// How often the status is brought up to date when nothing happens.
+const STATUS_INTERVAL: Duration = Duration::from_millis(100);
+/// How long a goodbye may take to reach the socket before the process ends.
+const GOODBYE_PATIENCE: Duration = Duration::from_secs(1);
+
+/// The connections of one session.
+struct Connections {
+    session: Session,
+    link: Link,
+    thread: JoinHandle<()>,
+    pulse: PulseHandle,
+    backup: Option<NodeRef>,
+    /// A goodbye is on its way; the link closes by itself after it.
+    leaving: bool,
+}
+
+/// The side that runs the guest.
+pub struct Owner {
+    host: Host,
+    runner: Runner,
+    protect: Protect,
+    connections: Option<Connections>,
+    peer: SocketAddr,
+    events: Receiver<OwnerEvent>,
+    tell: Sender<OwnerEvent>,
+    guest: Receiver<MachineEvent>,
+    /// The last epoch that the backup committed.
+    committed: Epoch,
+}
+
+impl Owner {
+    /// Takes over a host and its runner. `last_epoch`: the epoch that the machine's state came from, 0 after a boot. `tell` and `events` are the two
+    /// ends of one channel, on which the runner reports already.
+    pub fn new(
+        host: Host,
+        runner: Runner,
+        guest: Receiver<MachineEvent>,
+        last_epoch: Epoch,
+        (tell, events): (Sender<OwnerEvent>, Receiver<OwnerEvent>),
+    ) -> Self {
+        let peer = host.peer_address();
+        let protect = Protect::new(host.config.timers.protect_retry, last_epoch);
+        Self { host, runner, protect, connections: None, peer, events, tell, guest, committed: last_epoch }
+    }
+
+    /// Runs until the decision core says that the process ends.
+    pub fn run(mut self, pending: Vec<Action>) -> ExitCode {
+        let mut flow = self.carry_out_all(pending);
+        loop {
+            if let Flow::Exit(code) = flow {
+                return self.end(code);
+            }
+            flow = self.step();
+        }
+    }
+
+    /// Waits for one event and handles it.
+    fn step(&mut self) -> Flow {
+        let now = self.host.clock.now();
+        let deadlines = [self.host.core.next_deadline(now), self.protect.deadline()];
+        let wait = deadlines.into_iter().flatten().map(|at| at.saturating_sub(now)).min().unwrap_or(STATUS_INTERVAL);
+        let arbiter = self.host.arbiter_answers().clone();
+        let control = self.host.control_requests().clone();
+        let flow = select! {
+            recv(self.events) -> event => match event {
+                Ok(event) => self.on_event(event),
+                Err(_) => Flow::GoOn,
+            },
+            recv(self.guest) -> event => match event {
+                Ok(event) => self.on_guest(&event),
+                Err(_) => {
+                    self.guest = never();
+                    Flow::GoOn
+                }
+            },
+            recv(arbiter) -> answer => self.on_host(answer.ok().map(HostEvent::Arbiter)),
+            recv(control) -> request => self.on_host(request.ok().map(|(ticket, c)| HostEvent::Control(ticket, c))),
+            default(wait.min(STATUS_INTERVAL)) => Flow::GoOn,
+        };
+        if let Flow::Exit(_) = flow {
+            return flow;
+        }
+        let flow = self.on_time();
+        self.refresh_status();
+        flow
+    }
+
+    fn on_time(&mut self) -> Flow {
+        // Only a side that runs the guest looks for a backup.
+        if self.host.core.state_name().runs()
+            && let Some(step) = self.protect.tick(self.host.clock.now())
+            && let Flow::Exit(code) = self.take(step)
+        {
+            return Flow::Exit(code);
+        }
+        if self.host.terminate_requested() {
+            let stop = self.host.stop_command();
+            return self.decide(stop);
+        }
+        self.decide(Input::Tick)
+    }
+
+    fn on_host(&mut self, event: Option<HostEvent>) -> Flow {
+        let Some(event) = event else { return Flow::GoOn };
+        let input = self.host.input_of(event);
+        self.decide(input)
+    }
+
+    fn on_event(&mut self, event: OwnerEvent) -> Flow {
+        match event {
+            OwnerEvent::Dialled(session, streams) => self.on_dialled(session, streams),
+            OwnerEvent::Link(session, event) => self.on_link(session, event),
+            OwnerEvent::Pulse(session, report) => self.on_pulse(session, report),
+            OwnerEvent::Runner(event) => self.on_runner(event),
+        }
+    }
+
+    fn on_dialled(&mut self, session: Session, streams: io::Result<Streams>) -> Flow {
+        if self.protect.session() != Some(session) {
+            return Flow::GoOn;
+        }
+        match streams.and_then(|streams| self.connect(session, streams)) {
+            Ok(connections) => {
+                self.connections = Some(connections);
+                Flow::GoOn
+            }
+            Err(error) => {
+                self.host.note_link(&format!("connect {}: {error}", self.peer));
+                self.lost(session, LinkLoss::Local)
+            }
+        }
+    }
+
+    fn connect(&mut self, session: Session, streams: Streams) -> io::Result<Connections> {
+        let (tell_link, tell_pulse) = (self.tell.clone(), self.tell.clone());
+        let pulse = Pulse::new(self.host.identity(), self.host.config.timers.heartbeat, self.host.clock.now());
+        let pulse = pulse::start(streams.heartbeat, pulse, &[], Arc::clone(&self.host.voice), self.host.clock, move |report| {
+            // The owner may have ended.
+            tell_pulse.send(OwnerEvent::Pulse(session, report)).ok();
+        })?;
+        let (link, thread) = Link::start(
+            streams.data,
+            self.host.sender_config(),
+            self.host.link_limits(),
+            Arc::clone(&self.host.gate),
+            Arc::clone(&self.host.metrics),
+            move |event| {
+                tell_link.send(OwnerEvent::Link(session, event)).ok();
+            },
+        )?;
+        Ok(Connections { session, link, thread, pulse, backup: None, leaving: false })
+    }
+
+    fn on_link(&mut self, session: Session, event: LinkEvent) -> Flow {
+        if self.protect.session() != Some(session) {
+            return Flow::GoOn;
+        }
+        match event {
+            LinkEvent::Accepted(peer) => self.on_accepted(session, &peer),
+            LinkEvent::Refused { refuse, generation } => {
+                self.host.note_refusal(&refuse);
+                match self.decide(Input::HigherGenerationSeen(generation)) {
+                    Flow::GoOn => self.lost(session, LinkLoss::Local),
+                    exit @ Flow::Exit(_) => exit,
+                }
+            }
+            LinkEvent::Committed(epoch) => {
+                self.committed = self.committed.max(epoch);
+                let covers = self.host.gate.covers_released(epoch);
+                let steps = self.protect.committed(session, epoch, covers);
+                self.take_all(steps)
+            }
+            LinkEvent::Heard => self.heard(session),
+            LinkEvent::Goodbye(reason) => {
+                log::info!("the backup says goodbye: {reason}");
+                match self.connections.as_ref().and_then(|c| c.backup.clone()) {
+                    Some(peer) => self.decide(Input::PeerGoodbye { peer, reason: GoodbyeReason::Leaving }),
+                    None => Flow::GoOn,
+                }
+            }
+            LinkEvent::Closed(end) => {
+                self.host.note_link(&end.to_string());
+                let loss = match end {
+                    LinkEnd::EndOfFile | LinkEnd::Io(_) => LinkLoss::PeerClosed,
+                    LinkEnd::Closed | LinkEnd::Protocol(_) => LinkLoss::Local,
+                };
+                self.lost(session, loss)
+            }
+        }
+    }
+
+    fn on_accepted(&mut self, session: Session, peer: &Identity) -> Flow {
+        let backup = NodeRef { node: peer.node.clone(), incarnation: peer.incarnation };
+        if let Some(connections) = &mut self.connections {
+            connections.backup = Some(backup.clone());
+        }
+        self.host.note_link("up");
+        match self.protect.accepted(session, backup) {
+            Some(step) => self.take(step),
+            None => Flow::GoOn,
+        }
+    }
+
+    fn on_pulse(&mut self, session: Session, report: PulseReport) -> Flow {
+        if self.protect.session() != Some(session) {
+            return Flow::GoOn;
+        }
+        match report {
+            PulseReport::Heard { peer, body } => {
+                if let Flow::Exit(code) = self.decide(Input::HigherGenerationSeen(peer.generation)) {
+                    return Flow::Exit(code);
+                }
+                let input = self.host.heard(&peer, Some(&body));
+                self.decide(input)
+            }
+            PulseReport::Generation(generation) => self.decide(Input::HigherGenerationSeen(generation)),
+            PulseReport::Goodbye(_) => Flow::GoOn,
+            PulseReport::Closed(end) => {
+                self.host.note_link(&format!("heartbeat: {end}"));
+                self.lost(session, LinkLoss::PeerClosed)
+            }
+        }
+    }
+
+    fn heard(&mut self, session: Session) -> Flow {
+        let backup = self.connections.as_ref().filter(|c| c.session == session).and_then(|c| c.backup.clone());
+        match backup {
+            Some(peer) => self.decide(Input::PeerHeard { peer, report: None }),
+            None => Flow::GoOn,
+        }
+    }
+
+    fn on_runner(&mut self, event: RunnerEvent) -> Flow {
+        match event {
+            RunnerEvent::BaseSent(epoch) => {
+                log::info!("the base of epoch {epoch} is on its way");
+                Flow::GoOn
+            }
+            RunnerEvent::FinalSent(epoch) => match self.protect.final_sent(epoch) {
+                Some(step) => self.take(step),
+                None => Flow::GoOn,
+            },
+            RunnerEvent::ProtectionFailed(error) => {
+                self.host.note_link(&format!("protection ended: {error}"));
+                match self.protect.session() {
+                    Some(session) => self.lost(session, LinkLoss::Local),
+                    None => Flow::GoOn,
+                }
+            }
+            RunnerEvent::MachineFailed(why) => {
+                log::error!("the machine failed: {why}");
+                self.decide(Input::GuestEnded(GuestEnd::Crashed))
+            }
+        }
+    }
+
+    fn on_guest(&mut self, event: &MachineEvent) -> Flow {
+        let (end, how) = match event {
+            MachineEvent::PoweredOff => (GuestEnd::PoweredOff, "powered_off".to_owned()),
+            MachineEvent::Reset => (GuestEnd::Reset, "reset".to_owned()),
+            MachineEvent::Crashed { vcpu, reason } => (GuestEnd::Crashed, format!("crashed: vCPU {vcpu}: {reason}")),
+        };
+        self.host.events.write(&events::Event::GuestEnded { how: &how });
+        self.decide(Input::GuestEnded(end))
+    }
+
+    fn lost(&mut self, session: Session, loss: LinkLoss) -> Flow {
+        let steps = self.protect.lost(session, loss, self.host.clock.now());
+        self.take_all(steps)
+    }
+
+    // ---- carrying out ------------------------------------------------------------------------------------------------------------
+
+    fn take_all(&mut self, steps: Vec<Step>) -> Flow {
+        for step in steps {
+            if let Flow::Exit(code) = self.take(step) {
+                return Flow::Exit(code);
+            }
+        }
+        Flow::GoOn
+    }
+
+    fn take(&mut self, step: Step) -> Flow {
+        match step {
+            Step::Dial(session) => {
+                let tell = self.tell.clone();
+                let dialled = dial::dial(self.peer, move |streams| {
+                    tell.send(OwnerEvent::Dialled(session, streams)).ok();
+                });
+                match dialled {
+                    Ok(()) => Flow::GoOn,
+                    Err(error) => {
+                        log::warn!("no thread to connect with: {error}");
+                        self.lost(session, LinkLoss::Local)
+                    }
+                }
+            }
+            Step::SendBase { session, first } => {
+                if let Some(connections) = self.connections.as_ref().filter(|c| c.session == session) {
+                    self.runner.protect(connections.link.clone(), first);
+                }
+                Flow::GoOn
+            }
+            Step::Close(session) => {
+                self.close(session);
+                Flow::GoOn
+            }
+            Step::Decide(input) => self.decide(input),
+        }
+    }
+
+    /// Ends the connections of a session. When this returns, the runner seals no epoch any more and every un-acknowledged dirty set has
+    /// gone back to the ledger.
+    fn close(&mut self, session: Session) {
+        let Some(connections) = self.connections.take_if(|c| c.session == session) else { return };
+        connections.link.close();
+        connections.pulse.close();
+        match self.runner.unprotect() {
+            Ok(last) => self.protect.epoch_used(last),
+            Err(error) => log::error!("{error}"),
+        }
+        connections.thread.join().ok();
+    }
+
+    fn decide(&mut self, input: Input) -> Flow {
+        let actions = self.host.decide(input);
+        self.carry_out_all(actions)
+    }
+
+    fn carry_out_all(&mut self, actions: Vec<Action>) -> Flow {
+        for action in actions {
+            let Some(action) = self.host.carry_out(action, self.committed) else { continue };
+            if let Flow::Exit(code) = self.carry_out(action) {
+                return Flow::Exit(code);
+            }
+        }
+        Flow::GoOn
+    }
+
+    fn carry_out(&mut self, action: Action) -> Flow {
+        match action {
+            Action::StartBase { backup } => match self.protect.start_base(&backup) {
+                Some(step) => return self.take(step),
+                None => log::warn!("the backup left before its base could begin"),
+            },
+            Action::DropBackup => {
+                if let Some(step) = self.protect.drop_backup(self.host.clock.now()) {
+                    return self.take(step);
+                }
+            }
+            Action::HoldOutput => {
+                self.host.gate.hold();
+                self.protect.outputs_held();
+            }
+            Action::OpenOutput => self.host.gate.open(),
+            Action::TrustAcks { backup: _ } => self.host.gate.release_on_commit(),
+            Action::PauseGuest => {
+                if let Err(error) = self.runner.pause() {
+                    log::error!("the guest could not be stopped: {error}");
+                }
+            }
+            Action::ResumeGuest => {
+                if let Err(error) = self.runner.resume() {
+                    return self.on_runner(RunnerEvent::MachineFailed(error.to_string()));
+                }
+            }
+            Action::Fence { reason } => self.fence(reason),
+            Action::ResumeFenced(permit) => {
+                if let Err(error) = self.runner.run(permit) {
+                    return self.on_runner(RunnerEvent::MachineFailed(error.to_string()));
+                }
+            }
+            Action::BeginSwitchover => self.runner.final_checkpoint(),
+            Action::SayGoodbye(reason) => self.say_goodbye(reason),
+            Action::Exit(code) => return Flow::Exit(code),
+            other => log::error!("an action that is not for a side that runs the guest: {other:?}"),
+        }
+        Flow::GoOn
+    }
+
+    fn fence(&mut self, reason: FenceReason) {
+        log::warn!("fenced: {reason:?}; the guest is paused and its memory kept");
+        self.host.gate.silence();
+        if let Some(session) = self.protect.session() {
+            self.protect.drop_backup(self.host.clock.now());
+            self.close(session);
+        }
+        if let Err(error) = self.runner.freeze() {
+            log::error!("the guest could not be stopped: {error}");
+        }
+    }
+
+    fn say_goodbye(&mut self, reason: GoodbyeReason) {
+        if let Some(connections) = &mut self.connections {
+            connections.link.goodbye(wire_goodbye(reason));
+            connections.leaving = true;
+        }
+    }
+
+    fn refresh_status(&mut self) {
+        self.host.refresh_status(self.committed, self.connections.is_some());
+    }
+
+    /// Ends in order: what was said on the link is on its way, the machine's threads are gone.
+    fn end(mut self, code: ExitCode) -> ExitCode {
+        self.refresh_status();
+        if let Some(connections) = self.connections.take() {
+            if connections.leaving {
+                self.await_last_words(connections.session);
+            }
+            connections.link.close();
+            connections.pulse.close();
+        }
+        self.runner.shut_down();
+        code
+    }
+
+    /// Waits until the link has sent its goodbye and closed.
+    fn await_last_words(&self, session: Session) {
+        let deadline = self.host.clock.instant(self.host.clock.now() + GOODBYE_PATIENCE);
+        while let Ok(event) = self.events.recv_deadline(deadline) {
+            if matches!(event, OwnerEvent::Link(of, LinkEvent::Closed(_)) if of == session) {
+                return;
+            }
+        }
+    }
+}

@@ -1,0 +1,303 @@
+//! The thread that owns the machine: nothing else may run, pause or end it. It carries out one command after another and,
+//! while protected, ends an epoch whenever the pacer says so.
+
+use std::io;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
+use failover::RunPermit;
+use replication_proto::Epoch;
+use vmm::machine::{DirtyError, PauseError, RunError};
+use vmm::{Machine, PausedVm};
+
+use crate::bulk;
+use crate::clock::Clock;
+use crate::epoch::{Afterwards, CheckpointError, EpochParts, checkpoint};
+use crate::link::Link;
+use crate::pacer::Pacer;
+
+/// What the runner tells its owner.
+#[derive(Debug)]
+pub enum RunnerEvent {
+    /// The base, which this epoch ends, has been handed to the link.
+    BaseSent(Epoch),
+    /// The last checkpoint of a planned switchover has been handed to the link; the guest is stopped.
+    FinalSent(Epoch),
+    /// Protection cannot go on; the runner has left it.
+    ProtectionFailed(CheckpointError),
+    /// The machine itself failed.
+    MachineFailed(String),
+}
+
+enum Command {
+    Run { permit: RunPermit, done: Sender<Result<(), RunError>> },
+    Resume { done: Sender<Result<(), RunError>> },
+    Protect { link: Link, first: Epoch },
+    Final,
+    Unprotect { done: Sender<Epoch> },
+    Pause { done: Sender<Result<(), PauseError>> },
+    Freeze { done: Sender<Result<(), PauseError>> },
+    ShutDown,
+}
+
+/// A handle on the runner's thread.
+pub struct Runner {
+    commands: Sender<Command>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// The runner's thread is gone; it only ever ends on [`Runner::shut_down`] or by a bug.
+#[derive(Debug, thiserror::Error)]
+#[error("the machine's thread has ended")]
+pub struct RunnerGone;
+
+impl Runner {
+    /// Starts the thread. `last`: the epoch that the machine's state came from, 0 after a boot. `tell` is called on the thread.
+    ///
+    /// # Errors
+    /// No thread could be started.
+    pub fn start(
+        machine: Box<dyn Machine>,
+        parts: EpochParts,
+        last: Epoch,
+        interval: Duration,
+        clock: Clock,
+        tell: impl Fn(RunnerEvent) + Send + 'static,
+    ) -> io::Result<Self> {
+        let (commands, inbox) = unbounded();
+        let state = RunnerThread {
+            machine,
+            parts,
+            interval,
+            clock,
+            tell: Box::new(tell),
+            commands: inbox,
+            last,
+            permit: None,
+            stopped: true,
+        };
+        let thread = std::thread::Builder::new().name("ft-epoch".into()).spawn(move || state.idle())?;
+        Ok(Self { commands, thread: Some(thread) })
+    }
+
+    /// Runs the guest for the first time in this process. The runner keeps the permit until the guest is frozen.
+    ///
+    /// # Errors
+    /// See [`RunError`].
+    pub fn run(&self, permit: RunPermit) -> Result<(), RunError> {
+        self.ask(|done| Command::Run { permit, done }).unwrap_or_else(|gone| Err(RunError::Ended(gone.to_string())))
+    }
+
+    /// Lets a guest that a switchover had stopped run on, under the permit that it had.
+    ///
+    /// # Errors
+    /// See [`RunError`].
+    pub fn resume(&self) -> Result<(), RunError> {
+        self.ask(|done| Command::Resume { done }).unwrap_or_else(|gone| Err(RunError::Ended(gone.to_string())))
+    }
+
+    /// Copies the base over `link`, then ends an epoch at each interval. `first` is the base's epoch.
+    pub fn protect(&self, link: Link, first: Epoch) {
+        self.commands.send(Command::Protect { link, first }).ok();
+    }
+
+    /// Ends the running epoch with a checkpoint after which the guest stays stopped.
+    pub fn final_checkpoint(&self) {
+        self.commands.send(Command::Final).ok();
+    }
+
+    /// Leaves protection: when this returns, no epoch will be sealed any more. The link must have been closed before, so that the runner is
+    /// not waiting for it. Returns the last epoch used.
+    ///
+    /// # Errors
+    /// [`RunnerGone`].
+    pub fn unprotect(&self) -> Result<Epoch, RunnerGone> {
+        self.ask(|done| Command::Unprotect { done })
+    }
+
+    /// Stops the guest; it may be resumed. A link to the backup stays open, but no epoch is sealed any more.
+    ///
+    /// # Errors
+    /// See [`PauseError`].
+    pub fn pause(&self) -> Result<(), PauseError> {
+        self.ask(|done| Command::Pause { done }).unwrap_or_else(|gone| Err(PauseError::Ended(gone.to_string())))
+    }
+
+    /// Stops the guest for good and keeps its memory (a fenced side). The permit is given up.
+    ///
+    /// # Errors
+    /// See [`PauseError`].
+    pub fn freeze(&self) -> Result<(), PauseError> {
+        self.ask(|done| Command::Freeze { done }).unwrap_or_else(|gone| Err(PauseError::Ended(gone.to_string())))
+    }
+
+    /// Ends the machine and the thread.
+    pub fn shut_down(mut self) {
+        self.commands.send(Command::ShutDown).ok();
+        if let Some(thread) = self.thread.take() {
+            thread.join().ok();
+        }
+    }
+
+    fn ask<T>(&self, command: impl FnOnce(Sender<T>) -> Command) -> Result<T, RunnerGone> {
+        let (done, answer) = bounded(1);
+        self.commands.send(command(done)).map_err(|_| RunnerGone)?;
+        answer.recv().map_err(|_| RunnerGone)
+    }
+}
+
+struct RunnerThread {
+    machine: Box<dyn Machine>,
+    parts: EpochParts,
+    interval: Duration,
+    clock: Clock,
+    tell: Box<dyn Fn(RunnerEvent) + Send>,
+    commands: Receiver<Command>,
+    /// Last epoch sealed; numbers go on over sessions and are never used twice.
+    last: Epoch,
+    /// The right to run, while this side has it.
+    permit: Option<RunPermit>,
+    /// The guest does not run: not started yet, frozen, or stopped by the last checkpoint of a switchover.
+    stopped: bool,
+}
+
+/// What became of a protected stretch.
+enum Next {
+    Idle,
+    ShutDown,
+}
+
+impl RunnerThread {
+    /// The guest runs unprotected, or not at all.
+    fn idle(mut self) {
+        while let Ok(command) = self.commands.recv() {
+            let next = match command {
+                Command::Protect { link, first } => self.protect(&link, first),
+                other => self.carry_out(other),
+            };
+            if matches!(next, Next::ShutDown) {
+                break;
+            }
+        }
+        self.machine.shut_down();
+    }
+
+    /// Commands that need no link.
+    fn carry_out(&mut self, command: Command) -> Next {
+        match command {
+            Command::Run { permit, done } => {
+                self.permit = Some(permit);
+                drop(done.send(self.run()));
+            }
+            Command::Resume { done } => drop(done.send(self.run())),
+            Command::Pause { done } => drop(done.send(self.stop())),
+            Command::Freeze { done } => {
+                self.permit = None;
+                drop(done.send(self.stop()));
+            }
+            Command::Unprotect { done } => drop(done.send(self.last)),
+            Command::Protect { .. } | Command::Final => {
+                log::warn!("a protection command came too late for its link and is ignored");
+            }
+            Command::ShutDown => return Next::ShutDown,
+        }
+        Next::Idle
+    }
+
+    /// The guest runs protected: base, then one checkpoint after another, until a command or a failure ends it.
+    fn protect(&mut self, link: &Link, first: Epoch) -> Next {
+        assert!(first > self.last, "epoch {first} begins a base after {}", self.last);
+        self.last = first;
+        let commands = self.commands.clone();
+        let mut interrupted = || !commands.is_empty();
+        let sent = bulk::send_base(&mut *self.machine, &self.parts, link, first, &mut interrupted);
+        let next = match sent {
+            Ok(()) => {
+                (self.tell)(RunnerEvent::BaseSent(first));
+                self.epochs(link)
+            }
+            Err(error) => self.failed(link, error),
+        };
+        if let Err(DirtyError { call, source }) = self.machine.track_dirty(false) {
+            log::warn!("the dirty log stays on: {call}: {source}");
+        }
+        next
+    }
+
+    fn epochs(&mut self, link: &Link) -> Next {
+        let mut pacer = Pacer::fixed(self.interval, self.clock.now());
+        loop {
+            let afterwards = match self.commands.recv_deadline(self.clock.instant(pacer.deadline())) {
+                Err(RecvTimeoutError::Timeout) => Afterwards::RunsOn,
+                Ok(Command::Final) => Afterwards::StaysStopped,
+                Ok(Command::Pause { done }) => {
+                    drop(done.send(self.stop()));
+                    return self.stopped_with_link(link);
+                }
+                Ok(command) => {
+                    link.close();
+                    return self.carry_out(command);
+                }
+                Err(RecvTimeoutError::Disconnected) => return Next::ShutDown,
+            };
+            let epoch = self.last.next();
+            self.last = epoch;
+            match checkpoint(&mut *self.machine, &self.parts, link, epoch, afterwards) {
+                Ok(()) => {}
+                // The guest ended by itself and its machine says so. The backup must not see the link go before the record says *stopped*.
+                Err(CheckpointError::Pause(PauseError::Ended(_))) => return self.stopped_with_link(link),
+                Err(error) => return self.failed(link, error),
+            }
+            if afterwards == Afterwards::StaysStopped {
+                self.stopped = true;
+                (self.tell)(RunnerEvent::FinalSent(epoch));
+                return self.stopped_with_link(link);
+            }
+            pacer.ended(self.clock.now());
+        }
+    }
+
+    /// The guest is stopped and nothing is sealed any more; the link stays until a command needs it no longer.
+    fn stopped_with_link(&mut self, link: &Link) -> Next {
+        loop {
+            match self.commands.recv() {
+                Ok(Command::Pause { done }) => drop(done.send(self.stop())),
+                Ok(command) => {
+                    link.close();
+                    return self.carry_out(command);
+                }
+                Err(_) => return Next::ShutDown,
+            }
+        }
+    }
+
+    fn failed(&mut self, link: &Link, error: CheckpointError) -> Next {
+        link.close();
+        (self.tell)(match error {
+            CheckpointError::Resume(e) => RunnerEvent::MachineFailed(e.to_string()),
+            CheckpointError::Pause(e) => RunnerEvent::MachineFailed(e.to_string()),
+            other => RunnerEvent::ProtectionFailed(other),
+        });
+        Next::Idle
+    }
+
+    /// The only place that lets guest code run, and only on the strength of a permit.
+    fn run(&mut self) -> Result<(), RunError> {
+        let Some(permit) = &self.permit else {
+            return Err(RunError::Ended("this side has no permit to run the guest".into()));
+        };
+        log::info!("the guest runs under generation {}", permit.generation());
+        self.machine.run()?;
+        self.stopped = false;
+        Ok(())
+    }
+
+    fn stop(&mut self) -> Result<(), PauseError> {
+        if !self.stopped {
+            PausedVm::pause(&mut *self.machine)?.stay_stopped();
+            self.stopped = true;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,230 @@
+//! From a configuration to a machine and a host, with an exit code for everything that can be wrong.
+
+use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
+
+use failover::arbiter::{ArbiterError, ArbiterThread, FileArbiter, NodeRef};
+use failover::config::{ArbiterSection, ConfigError, Console, MachineKind, NodeSection, PairConfig};
+use failover::decide::{Core, Role};
+use failover::exit::ExitCode;
+use failover::generation::{StateDir, StateError};
+use replication_proto::{Facts, Incarnation, NodeName, PageIndex, PageRange, RamLayout};
+use vmm::config::{MachineConfig, MachineIo, NicConfig};
+use vmm::machine::BootError;
+use vmm::{BuildError, FramePort, KvmMachine, Machine, ModelBuildError, ModelMachine, Tap, TapError};
+
+use crate::clock::Clock;
+use crate::desk::Desk;
+use crate::events::{Event, EventFile};
+use crate::host::Host;
+use crate::metrics::Metrics;
+use crate::output::queue::QueueLimits;
+use crate::output::world::{ConsoleError, HostWorld, open_console};
+use crate::output::{Gate, World};
+use crate::pulse::SharedVoice;
+use crate::staging::Arena;
+
+/// Why a process could not start. One line each, with what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum SetupError {
+    /// `pair.toml`.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The configuration names no kernel.
+    #[error("[vm] kernel is missing: name the guest's image (a PVH ELF)")]
+    NoKernel,
+    /// The state directory.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// The arbiter.
+    #[error("the arbiter cannot be used: {0}")]
+    Arbiter(#[from] ArbiterError),
+    /// The tap.
+    #[error(transparent)]
+    Tap(#[from] TapError),
+    /// The console.
+    #[error(transparent)]
+    Console(#[from] ConsoleError),
+    /// The machine on KVM.
+    #[error(transparent)]
+    Machine(#[from] BuildError),
+    /// The model machine.
+    #[error(transparent)]
+    Model(#[from] ModelBuildError),
+    /// The guest's image.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// A listening address.
+    #[error("cannot listen on {address}: {source}")]
+    Listen {
+        /// Which.
+        address: std::net::SocketAddr,
+        /// The host's answer.
+        source: std::io::Error,
+    },
+    /// Something else of the host.
+    #[error("{what}: {source}")]
+    Host {
+        /// What.
+        what: &'static str,
+        /// The host's answer.
+        source: std::io::Error,
+    },
+}
+
+impl SetupError {
+    /// The number that the process ends with.
+    pub fn exit_code(&self) -> ExitCode {
+        match self {
+            Self::Config(_) | Self::NoKernel => ExitCode::Config,
+            Self::State(error) => error.exit_code(),
+            Self::Arbiter(_) => ExitCode::ArbiterUnusable,
+            Self::Tap(_) => ExitCode::NoTap,
+            Self::Machine(
+                BuildError::NoKvm(_)
+                | BuildError::KvmPermission(_)
+                | BuildError::KvmVersion { .. }
+                | BuildError::MissingCapability(_),
+            ) => ExitCode::NoKvm,
+            Self::Machine(BuildError::Config(_)) => ExitCode::Config,
+            Self::Boot(_) => ExitCode::KernelUnusable,
+            Self::Listen { .. } => ExitCode::PortInUse,
+            Self::Console(_) | Self::Machine(_) | Self::Model(_) | Self::Host { .. } => ExitCode::Failure,
+        }
+    }
+}
+
+/// A machine that never ran, and the way in and out of it.
+pub struct Built {
+    /// The machine.
+    pub machine: Box<dyn Machine>,
+    /// Its way out; silent.
+    pub gate: Arc<Gate>,
+    /// Its way in.
+    pub ports: Vec<Arc<dyn FramePort>>,
+    /// What is measured.
+    pub metrics: Arc<Metrics>,
+}
+
+/// Builds the machine that `config` describes, with this node's tap and console.
+///
+/// # Errors
+/// See [`SetupError`].
+pub fn build_machine(config: &PairConfig, node: &NodeSection, clock: Clock) -> Result<Built, SetupError> {
+    let metrics = Arc::new(Metrics::default());
+    let tap = Arc::new(Tap::open(&node.tap)?);
+    let (console, console_input) = open_console(&console_name(&node.console()))?;
+    let world: Arc<dyn World> = Arc::new(HostWorld::new(vec![Arc::clone(&tap)], console));
+    let limits = QueueLimits {
+        bytes: usize::try_from(config.limits.output).unwrap_or(usize::MAX),
+        max_hold: config.timers.max_hold,
+    };
+    let gate = Gate::new(limits, world, clock, Arc::clone(&metrics));
+    let ports: Vec<Arc<dyn FramePort>> = vec![tap];
+    let outputs: Arc<dyn vmm::Outputs> = Arc::clone(&gate) as _;
+    let io = MachineIo { outputs, ports: ports.clone(), console_input };
+    let parts = machine_config(config)?;
+    let machine: Box<dyn Machine> = match config.vm.machine {
+        MachineKind::Kvm => Box::new(KvmMachine::build(&parts, io)?),
+        MachineKind::Model => Box::new(ModelMachine::build(&parts, io)?),
+    };
+    Ok(Built { machine, gate, ports, metrics })
+}
+
+fn console_name(console: &Console) -> String {
+    match console {
+        Console::File(path) => path.display().to_string(),
+        Console::Unix(path) => format!("unix:{}", path.display()),
+        Console::Stdio => "stdio".into(),
+    }
+}
+
+fn machine_config(config: &PairConfig) -> Result<MachineConfig, SetupError> {
+    let kernel = match (&config.vm.kernel, config.vm.machine) {
+        (Some(kernel), _) => kernel.clone(),
+        // The model machine brings its program along.
+        (None, MachineKind::Model) => PathBuf::new(),
+        (None, MachineKind::Kvm) => return Err(SetupError::NoKernel),
+    };
+    Ok(MachineConfig {
+        vcpus: config.vm.vcpus,
+        memory_bytes: config.vm.memory,
+        kernel,
+        initrd: config.vm.initrd.clone(),
+        cmdline: config.vm.cmdline.clone(),
+        nics: vec![NicConfig { mac: config.vm.mac().0 }],
+    })
+}
+
+/// Makes the host around a machine: state directory, arbiter, decision core, events, desk.
+///
+/// # Errors
+/// See [`SetupError`].
+pub fn open_host(
+    config: PairConfig,
+    node: &NodeName,
+    role: Role,
+    clock: Clock,
+    built: &Built,
+) -> Result<Host, SetupError> {
+    let host = |what| move |source| SetupError::Host { what, source };
+    let section = config.node(node).expect("picked from this configuration").clone();
+    let state_dir = StateDir::open(&section.state_dir, config.vm.id)?;
+    let events = EventFile::open(&section.state_dir, node.as_str()).map_err(host("the event file"))?;
+    let arbiter = match &config.arbiter {
+        ArbiterSection::File { path } => FileArbiter::open(path)?,
+    };
+    // The event loop listens to the answers' channel itself: nobody needs to be woken.
+    let arbiter = ArbiterThread::spawn(arbiter, || {}).map_err(host("the arbiter's thread"))?;
+    let incarnation = random_incarnation().map_err(host("the random number generator"))?;
+    let core = Core::new(config.core(node, incarnation, role, state_dir.highest()));
+    let terminate = Arc::new(AtomicBool::new(false));
+    for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {
+        signal_hook::flag::register(signal, Arc::clone(&terminate)).map_err(host("the signal handlers"))?;
+    }
+    events.write(&Event::Started { incarnation: incarnation.to_string() });
+    let voice: SharedVoice = Arc::new(Mutex::default());
+    Ok(Host {
+        arena: Arena::new(usize::try_from(config.limits.staging).unwrap_or(usize::MAX)),
+        me: NodeRef { node: node.clone(), incarnation },
+        clock,
+        gate: Arc::clone(&built.gate),
+        metrics: Arc::clone(&built.metrics),
+        events,
+        voice,
+        core,
+        desk: Desk::open(),
+        ram: ram_layout(&*built.machine),
+        facts: facts(&*built.machine),
+        arbiter,
+        state_dir,
+        terminate,
+        link_note: String::new(),
+        config,
+    })
+}
+
+fn random_incarnation() -> std::io::Result<Incarnation> {
+    let mut bytes = [0; 16];
+    getrandom::fill(&mut bytes).map_err(std::io::Error::other)?;
+    Ok(Incarnation(u128::from_le_bytes(bytes)))
+}
+
+/// The machine's memory in the stream's words.
+pub fn ram_layout(machine: &dyn Machine) -> RamLayout {
+    let ranges = machine.ram().regions().iter();
+    let ranges = ranges.map(|r| PageRange { first: PageIndex(r.first.0), pages: r.pages }).collect();
+    RamLayout::new(ranges).expect("a machine's regions are ascending and not empty")
+}
+
+/// The machine's facts in the stream's words.
+pub fn facts(machine: &dyn Machine) -> Facts {
+    let mut facts = Facts::new();
+    for fact in machine.facts() {
+        if let Err(error) = facts.insert(fact.name.clone(), fact.value) {
+            panic!("fact {:?} of the machine cannot be stated: {error}", fact.name);
+        }
+    }
+    facts
+}

@@ -1,0 +1,200 @@
+//! Buffers that own a checkpoint's pages once the guest runs on (postponed memory transfer, the idea of PMT-Checkpointing: the
+//! pause ends with a local copy, the network comes later).
+//!
+//! The arena adapts to the size of the state: a buffer grows to the largest checkpoint that it held and stays prefaulted; one that was
+//! far too large for a long time is given back to the host. What is in flight is bounded, and whoever would go over the bound
+//! waits *before* the pause.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use replication_proto::PageIndex;
+use vmm::memory::NotRam;
+use vmm::{DirtySet, GuestRam, PAGE_SIZE, PageNo};
+
+/// After this many uses in a row that needed less than a quarter of a buffer, it shrinks.
+const SHRINK_AFTER_USES: u32 = 1_000;
+
+/// A bounded pool of page buffers.
+#[derive(Debug)]
+pub struct Arena {
+    state: Mutex<State>,
+    freed: Condvar,
+    /// Most bytes of staged pages in flight.
+    limit: usize,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    free: Vec<Buffer>,
+    in_flight: usize,
+}
+
+#[derive(Debug, Default)]
+struct Buffer {
+    bytes: Vec<u8>,
+    roomy_uses: u32,
+}
+
+/// The pages of one checkpoint, owned. The buffer returns to its arena on drop.
+#[derive(Debug)]
+pub struct StagedPages {
+    /// Which pages, ascending.
+    pub indexes: Vec<PageIndex>,
+    buffer: Buffer,
+    used: usize,
+    arena: Arc<Arena>,
+}
+
+impl Arena {
+    /// An arena that holds at most `limit` bytes of pages in flight. One checkpoint may exceed it alone: then it is the only one.
+    pub fn new(limit: usize) -> Arc<Self> {
+        Arc::new(Self { state: Mutex::default(), freed: Condvar::new(), limit })
+    }
+
+    /// Bytes in flight.
+    pub fn in_flight(&self) -> usize {
+        self.lock().in_flight
+    }
+
+    /// Waits until less than the limit is in flight, for at most `patience`. True when there is room.
+    pub fn wait_for_room(&self, patience: Duration) -> bool {
+        let state = self.lock();
+        let (state, _) = self
+            .freed
+            .wait_timeout_while(state, patience, |s| s.in_flight >= self.limit)
+            .unwrap_or_else(PoisonError::into_inner);
+        state.in_flight < self.limit
+    }
+
+    /// Copies the pages of `dirty` out of `ram`. Either the guest is paused, or a page that it writes meanwhile is dirty again.
+    pub fn stage(self: &Arc<Self>, ram: &GuestRam, dirty: &DirtySet) -> Result<StagedPages, NotRam> {
+        self.stage_pages(ram, dirty.len(), dirty.iter())
+    }
+
+    /// Copies `count` pages out of `ram`. The same holds.
+    pub fn stage_pages(
+        self: &Arc<Self>,
+        ram: &GuestRam,
+        count: usize,
+        pages: impl Iterator<Item = PageNo>,
+    ) -> Result<StagedPages, NotRam> {
+        let mut staged = self.take(count);
+        let chunks = staged.buffer.bytes.as_chunks_mut::<PAGE_SIZE>().0.iter_mut();
+        for (into, page) in chunks.take(count).zip(pages) {
+            ram.copy_out(page, into)?;
+            staged.indexes.push(PageIndex(page.0));
+        }
+        assert_eq!(staged.indexes.len(), count, "a set of pages yields as many as it counts");
+        Ok(staged)
+    }
+
+    fn take(self: &Arc<Self>, pages: usize) -> StagedPages {
+        let used = pages * PAGE_SIZE;
+        let mut state = self.lock();
+        state.in_flight += used;
+        let mut buffer = state.free.pop().unwrap_or_default();
+        drop(state);
+        if buffer.bytes.len() < used {
+            // A quarter more than asked: epochs of one guest differ a little, and growing zeroes the whole buffer.
+            buffer.bytes.resize((used + used / 4).next_multiple_of(PAGE_SIZE), 0);
+        }
+        buffer.note_use(used);
+        StagedPages { indexes: Vec::with_capacity(pages), buffer, used, arena: Arc::clone(self) }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Buffer {
+    fn note_use(&mut self, used: usize) {
+        if used * 4 >= self.bytes.len() {
+            self.roomy_uses = 0;
+            return;
+        }
+        self.roomy_uses += 1;
+        if self.roomy_uses >= SHRINK_AFTER_USES {
+            self.bytes.truncate(self.bytes.len() / 2);
+            self.bytes.shrink_to_fit();
+            self.roomy_uses = 0;
+        }
+    }
+}
+
+impl StagedPages {
+    /// The pages, one after another, in the order of `indexes`.
+    pub fn bytes(&self) -> &[u8] {
+        &self.buffer.bytes[..self.used]
+    }
+
+    /// Number of pages.
+    pub fn len(&self) -> usize {
+        self.indexes.len()
+    }
+
+    /// True when the epoch dirtied nothing.
+    pub fn is_empty(&self) -> bool {
+        self.indexes.is_empty()
+    }
+}
+
+impl Drop for StagedPages {
+    fn drop(&mut self) {
+        let mut state = self.arena.lock();
+        state.in_flight -= self.used;
+        state.free.push(std::mem::take(&mut self.buffer));
+        drop(state);
+        self.arena.freed.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vmm::DirtyLedger;
+
+    fn dirty(ram: &GuestRam, pages: &[u64]) -> DirtySet {
+        let words = usize::try_from(ram.page_count() / 64).unwrap();
+        let mut log = vec![vec![0u64; words]];
+        for p in pages {
+            log[0][usize::try_from(p / 64).unwrap()] |= 1 << (p % 64);
+        }
+        DirtyLedger::new(ram).take(&[&log])
+    }
+
+    #[test]
+    fn staged_pages_are_copies() {
+        let ram = GuestRam::new(2 << 20).unwrap();
+        ram.copy_in(PageNo(3), &[7; PAGE_SIZE]).unwrap();
+        let staged = Arena::new(1 << 20).stage(&ram, &dirty(&ram, &[1, 3])).unwrap();
+        ram.copy_in(PageNo(3), &[9; PAGE_SIZE]).unwrap();
+        assert_eq!(staged.indexes, [PageIndex(1), PageIndex(3)]);
+        assert_eq!(staged.bytes(), [[0; PAGE_SIZE], [7; PAGE_SIZE]].concat());
+    }
+
+    #[test]
+    fn the_limit_is_waited_for_and_buffers_return() {
+        let ram = GuestRam::new(2 << 20).unwrap();
+        let arena = Arena::new(2 * PAGE_SIZE);
+        let first = arena.stage(&ram, &dirty(&ram, &[1, 2, 3])).unwrap();
+        assert_eq!(arena.in_flight(), 3 * PAGE_SIZE);
+        assert!(!arena.wait_for_room(Duration::from_millis(1)));
+        drop(first);
+        assert!(arena.wait_for_room(Duration::from_millis(1)));
+        assert_eq!(arena.in_flight(), 0);
+    }
+
+    #[test]
+    fn a_buffer_that_is_far_too_large_shrinks() {
+        let ram = GuestRam::new(2 << 20).unwrap();
+        let arena = Arena::new(1 << 20);
+        let many: Vec<u64> = (0..256).collect();
+        drop(arena.stage(&ram, &dirty(&ram, &many)).unwrap());
+        for _ in 0..SHRINK_AFTER_USES {
+            drop(arena.stage(&ram, &dirty(&ram, &[1])).unwrap());
+        }
+        assert_eq!(arena.lock().free[0].bytes.len(), 160 * PAGE_SIZE);
+    }
+}
