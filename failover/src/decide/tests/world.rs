@@ -24,8 +24,8 @@ pub(super) fn ms(n: u64) -> Duration {
 
 #[derive(Debug, Clone)]
 enum Message {
-    Heartbeat(PeerReport),
-    Join,
+    /// With it: whether the sender would be a backup.
+    Heartbeat(PeerReport, bool),
     BaseBegin,
     BaseEnd(u64),
     BaseAck(u64),
@@ -44,6 +44,7 @@ enum Event {
     EndEpoch { node: usize, incarnation: Incarnation },
     BaseDone { node: usize, incarnation: Incarnation, connection: u64 },
     Wake { node: usize, incarnation: Incarnation },
+    Stalled { node: usize, incarnation: Incarnation, connection: u64 },
 }
 
 /// What becomes of requests to the arbiter.
@@ -102,7 +103,7 @@ pub(super) struct World {
     sequence: u64,
     permits: BTreeSet<Generation>,
     releases: Vec<(Generation, u64)>,
-    /// From here on a promotion may lose output: an operator forced it, or the guest was booted anew.
+    /// From here on a promotion may lose output: an operator forced it.
     forced: bool,
 }
 
@@ -276,6 +277,12 @@ impl World {
 
     fn send(&mut self, from: usize, message: Message) {
         if self.cut[from] {
+            // A stream has no gaps: it stalls, and the shell of either end closes it after a while.
+            let node = &self.nodes[from];
+            if let (Some(connection), false) = (node.connection, matches!(message, Message::Heartbeat(..))) {
+                let incarnation = node.me.incarnation;
+                self.after(ms(1000), Event::Stalled { node: from, incarnation, connection });
+            }
             return;
         }
         let node = &self.nodes[from];
@@ -293,6 +300,7 @@ impl World {
             | Event::Beat { node, incarnation }
             | Event::EndEpoch { node, incarnation }
             | Event::BaseDone { node, incarnation, .. }
+            | Event::Stalled { node, incarnation, .. }
             | Event::Wake { node, incarnation } => (*node, Some(*incarnation)),
         };
         if self.nodes[node].core.is_none() || incarnation.is_some_and(|of| of != self.nodes[node].me.incarnation) {
@@ -310,6 +318,13 @@ impl World {
             Event::Beat { incarnation, .. } => self.beat(node, incarnation),
             Event::EndEpoch { incarnation, .. } => self.end_epoch(node, incarnation),
             Event::BaseDone { connection, .. } => self.base_done(node, connection),
+            Event::Stalled { connection, .. } => {
+                if self.nodes[node].connection == Some(connection) {
+                    self.send(node, Message::Closed);
+                    self.nodes[node].connection = None;
+                    self.input(node, Input::LinkLost(LinkLoss::Local));
+                }
+            }
             Event::Wake { .. } => {
                 self.nodes[node].wake = None;
                 self.input(node, Input::Tick);
@@ -319,11 +334,9 @@ impl World {
 
     fn beat(&mut self, node: usize, incarnation: Incarnation) {
         let view = self.view(node);
-        self.send(node, Message::Heartbeat(PeerReport { arbiter_age: view.arbiter_age, protected: view.owner && view.protected }));
-        // A standby is found by the owner, which dials.
-        if !view.owner && self.nodes[node].connection.is_none() && self.nodes[node].exit.is_none() {
-            self.send(node, Message::Join);
-        }
+        let available = matches!(view.state, StateName::Standby | StateName::InSync | StateName::TakingOver);
+        let report = PeerReport { arbiter_age: view.arbiter_age, protected: view.owner && view.protected };
+        self.send(node, Message::Heartbeat(report, available));
         self.after(HEARTBEAT, Event::Beat { node, incarnation });
     }
 
@@ -351,7 +364,7 @@ impl World {
 
     fn receive(&mut self, at: usize, from: NodeRef, generation: Generation, connection: u64, message: Message) {
         let mine = self.view(at).generation;
-        if generation < mine && !matches!(message, Message::Heartbeat(_) | Message::Join | Message::Closed) {
+        if generation < mine && !matches!(message, Message::Heartbeat(..) | Message::Closed) {
             return;
         }
         if generation > mine {
@@ -359,9 +372,10 @@ impl World {
         }
         let same = self.nodes[at].connection == Some(connection);
         match message {
-            Message::Heartbeat(report) => self.input(at, Input::PeerHeard { peer: from, report: Some(report) }),
-            Message::Join => {
-                if self.view(at).owner && self.nodes[at].exit.is_none() {
+            Message::Heartbeat(report, available) => {
+                self.input(at, Input::PeerHeard { peer: from.clone(), report: Some(report) });
+                // The owner dials whoever would be a backup.
+                if available && self.nodes[at].core.is_some() && self.view(at).owner && self.nodes[at].connection.is_none() {
                     self.input(at, Input::BackupJoined { backup: from });
                 }
             }
@@ -453,7 +467,9 @@ impl World {
                 self.nodes[at].persisted = generation;
             }
             Action::BootGuest(permit) => {
-                self.forced = true;
+                // A new lineage: nothing of an older one may leave any more.
+                self.releases.clear();
+                self.promotions = vec![(permit.generation(), 0)];
                 self.run_guest(at, &permit, 0);
             }
             Action::Activate(permit) => {
@@ -612,12 +628,5 @@ impl World {
 
     fn forced_alone(&self) -> bool {
         self.nodes.iter().any(|node| node.core.as_ref().is_some_and(|core| core.view(self.now).blind))
-    }
-
-    /// The guest was booted and the pair formed by now: losses from here on count.
-    pub(super) fn watch_losses(&mut self) {
-        self.forced = false;
-        self.releases.clear();
-        self.promotions.clear();
     }
 }

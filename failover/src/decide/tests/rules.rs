@@ -1,0 +1,289 @@
+//! Single rules: start, stop, switchover, force, policies, and what must never be concluded.
+
+use std::time::Duration;
+
+use replication_proto::Generation;
+
+use super::super::*;
+use super::world::{A, B, Guest, Service, World, ms};
+use crate::exit::ExitCode;
+
+#[test]
+fn start_a_restarted_primary_offers_itself_and_never_beats_the_takeover() {
+    for powered_off in [false, true] {
+        let mut world = World::protected();
+        if powered_off { world.power_off(A) } else { world.kill(A) }
+        if powered_off {
+            world.cut = [false; 2];
+        }
+        world.start(A, Role::Primary);
+        let took = world.run_until(ms(1000), |world| world.open(B)).expect("takeover");
+        assert!(took <= ms(100), "its new incarnation proves that the old one is dead: {took:?}");
+        assert_eq!(world.running(), [B]);
+        assert!(world.run_until(ms(3000), |world| world.state(B) == StateName::Protected).is_some());
+        world.run(ms(50));
+        assert_eq!(world.state(A), StateName::InSync);
+    }
+}
+
+#[test]
+fn start_a_backup_never_creates_the_record_nor_boots() {
+    let mut world = World::new();
+    world.start(B, Role::Backup);
+    world.run(ms(3000));
+    assert_eq!((world.record.clone(), world.state(B)), (None, StateName::Standby));
+    world.start(A, Role::Primary);
+    assert!(world.run_until(ms(1000), |world| world.state(A) == StateName::Protected).is_some());
+}
+
+#[test]
+fn start_of_two_primaries_one_owns_and_the_other_becomes_its_backup() {
+    let mut world = World::new();
+    world.start(A, Role::Primary);
+    world.start(B, Role::Primary);
+    world.run(ms(1000));
+    assert_eq!(world.running().len(), 1);
+    assert!(world.run_until(ms(2000), |world| [A, B].iter().any(|at| world.state(*at) == StateName::Protected)).is_some());
+}
+
+#[test]
+fn start_waits_for_the_arbiter_and_boots_nothing_without_it() {
+    let mut world = World::new();
+    world.nodes[A].service = Service::Down;
+    world.start(A, Role::Primary);
+    world.run(ms(5000));
+    assert_eq!((world.state(A), world.view(A).reason), (StateName::Starting, ReasonCode::ArbiterUnreachable));
+    world.nodes[A].service = Service::Good;
+    world.run(ms(200));
+    assert_eq!(world.running(), [A]);
+}
+
+#[test]
+fn stop_and_power_off_keep_the_guest_off_on_both_sides() {
+    let ends: [(fn(&mut World), ExitCode); 4] = [
+        (|world| world.command(A, Command::Stop), ExitCode::Ok),
+        (|world| world.input(A, Input::GuestEnded(GuestEnd::PoweredOff)), ExitCode::Ok),
+        (|world| world.input(A, Input::GuestEnded(GuestEnd::Reset)), ExitCode::GuestReset),
+        (|world| world.input(A, Input::GuestEnded(GuestEnd::Crashed)), ExitCode::GuestCrashed),
+    ];
+    for (end, code) in ends {
+        let mut world = World::protected();
+        end(&mut world);
+        world.run(ms(5000));
+        assert_eq!(world.nodes[A].exit, Some(code));
+        assert!(world.running().is_empty());
+        let record = world.record.clone().unwrap().record;
+        assert_eq!((record.in_sync, record.reason), (None, Reason::Stopped));
+        assert_eq!(world.state(B), StateName::Standby);
+        // An explicit start boots again, whatever the policy for crashes is.
+        world.cold_start = ColdStart::Never;
+        world.start(A, Role::Primary);
+        world.run(ms(3000));
+        assert_eq!(world.nodes[A].guest, Guest::Runs(Generation(2)));
+        assert_eq!(world.state(A), StateName::Protected);
+    }
+}
+
+#[test]
+fn stop_with_a_lost_answer_and_without_an_arbiter() {
+    let mut world = World::protected();
+    world.nodes[A].service = Service::Late(ms(30));
+    world.command(A, Command::Stop);
+    world.run(ms(40));
+    world.nodes[A].service = Service::Good;
+    world.run(ms(3000));
+    assert_eq!(world.nodes[A].exit, Some(ExitCode::Ok));
+    assert!(world.running().is_empty());
+
+    let mut world = World::protected();
+    world.nodes[A].service = Service::Down;
+    world.command(A, Command::Stop);
+    world.run(ms(11_000));
+    assert_eq!(world.nodes[A].exit, Some(ExitCode::StopNotRecorded));
+    world.run(ms(5000));
+    assert!(world.running().is_empty(), "the backup heard the goodbye");
+}
+
+#[test]
+fn stop_of_a_backup_lets_the_primary_go_on_at_once() {
+    let mut world = World::protected();
+    world.command(B, Command::Stop);
+    let stall = world.run_until(ms(1000), |world| world.open(A)).expect("solo");
+    assert!(stall <= ms(10), "{stall:?}");
+    assert_eq!(world.nodes[B].exit, Some(ExitCode::Ok));
+}
+
+#[test]
+fn switchover_moves_the_guest_and_loses_nothing() {
+    let mut world = World::protected();
+    world.command(A, Command::Switchover);
+    let took = world.run_until(ms(1000), |world| world.open(B)).expect("handed over");
+    assert!(took <= ms(50), "{took:?}");
+    world.run(ms(200));
+    assert_eq!(world.running(), [B]);
+    assert!(matches!(world.nodes[A].replies[..], [CommandOutcome::Done(_)]));
+    assert_eq!(world.record.clone().unwrap().record.reason, Reason::Switchover);
+    world.run(ms(11_000));
+    assert_eq!(world.nodes[A].exit, Some(ExitCode::HandedOver));
+}
+
+#[test]
+fn switchover_is_given_up_when_the_backup_cannot_take_over_and_the_guest_goes_on() {
+    let mut world = World::protected();
+    world.nodes[B].service = Service::Down;
+    world.command(A, Command::Switchover);
+    world.run(ms(6000));
+    assert_eq!(world.running(), [A]);
+    assert!(matches!(world.nodes[A].replies[..], [CommandOutcome::Refused(_)]));
+    world.nodes[B].service = Service::Good;
+    world.run(ms(5000));
+    assert_eq!(world.running(), [A]);
+    assert_eq!(world.state(A), StateName::Protected);
+}
+
+#[test]
+fn switchover_is_refused_where_it_makes_no_sense() {
+    let mut world = World::protected();
+    world.command(B, Command::Switchover);
+    assert!(matches!(world.nodes[B].replies[..], [CommandOutcome::Refused(_)]));
+    world.kill(B);
+    world.run(ms(500));
+    world.command(A, Command::Switchover);
+    assert!(matches!(world.nodes[A].replies[..], [CommandOutcome::Refused(_)]));
+    assert_eq!(world.running(), [A]);
+}
+
+#[test]
+fn force_is_refused_on_a_hollow_standby_and_on_the_owner() {
+    let mut world = World::new();
+    world.start(B, Role::Backup);
+    world.run(ms(100));
+    world.command(B, Command::ForceTakeover { without_arbiter: true });
+    world.run(ms(10_000));
+    assert!(matches!(world.nodes[B].replies[..], [CommandOutcome::Refused(_)]));
+    assert!(world.running().is_empty());
+    world.start(A, Role::Primary);
+    world.run(ms(500));
+    world.command(A, Command::ForceTakeover { without_arbiter: true });
+    assert!(matches!(world.nodes[A].replies[..], [CommandOutcome::Refused(_)]));
+}
+
+#[test]
+fn force_without_an_arbiter_needs_to_be_said_and_the_old_owner_yields_when_it_hears_of_it() {
+    let mut world = World::protected();
+    (world.nodes[A].service, world.nodes[B].service) = (Service::Down, Service::Down);
+    world.freeze(A, true);
+    world.run(ms(1000));
+    world.command(B, Command::ForceTakeover { without_arbiter: false });
+    world.run(ms(6000));
+    assert!(matches!(world.nodes[B].replies[..], [CommandOutcome::Refused(_)]));
+    world.command(B, Command::ForceTakeover { without_arbiter: true });
+    world.run(ms(6000));
+    assert!(world.open(B) && world.view(B).blind);
+    world.freeze(A, false);
+    world.run(ms(200));
+    assert_eq!(world.state(A), StateName::Fenced, "higher generation seen");
+}
+
+#[test]
+fn force_seeds_an_arbiter_that_lost_its_record() {
+    let mut world = World::protected();
+    world.kill(A);
+    world.record = None;
+    world.run(ms(1000));
+    assert!(world.running().is_empty());
+    assert_eq!(world.view(B).alarm, Some(ReasonCode::ArbiterRolledBack));
+    world.command(B, Command::ForceTakeover { without_arbiter: false });
+    world.run(ms(500));
+    assert_eq!(world.nodes[B].guest, Guest::Runs(Generation(2)));
+    assert_eq!(world.record.clone().unwrap().record.generation, Generation(2));
+    world.start(A, Role::Backup);
+    assert!(world.run_until(ms(3000), |world| world.state(B) == StateName::Protected).is_some());
+}
+
+#[test]
+fn hold_policy_lets_nothing_out_that_is_not_on_two_hosts() {
+    let mut world = World::new();
+    world.hold_policy = true;
+    world.start(A, Role::Primary);
+    world.run(ms(500));
+    assert_eq!((world.state(A), world.open(A)), (StateName::Solo, false));
+    world.start(B, Role::Backup);
+    world.run(ms(1000));
+    assert_eq!(world.state(A), StateName::Protected);
+    world.kill(B);
+    world.run(ms(20_000));
+    assert_eq!((world.state(A), world.open(A)), (StateName::Solo, false));
+    world.start(B, Role::Backup);
+    assert!(world.run_until(ms(3000), |world| world.state(A) == StateName::Protected).is_some());
+}
+
+#[test]
+fn unprotect_and_protect() {
+    let mut world = World::protected();
+    world.command(A, Command::Unprotect);
+    world.run(ms(5000));
+    assert!(world.open(A));
+    assert_eq!(world.record.clone().unwrap().record.reason, Reason::Unprotected);
+    world.command(A, Command::Protect);
+    assert!(world.run_until(ms(3000), |world| world.state(A) == StateName::Protected).is_some());
+}
+
+#[test]
+fn r3_solo_is_not_concluded_from_a_read_while_an_own_sync_write_may_still_land() {
+    // The sync write is lost and lands 300 ms later; meanwhile the backup dies and the record reads "nobody in sync".
+    let mut world = World::new();
+    world.start(A, Role::Primary);
+    world.run(ms(100));
+    world.start(B, Role::Backup);
+    world.run_until(ms(1000), |world| world.view(A).reason == ReasonCode::ClosingIn).expect("closing in");
+    world.nodes[A].service = Service::Late(ms(300));
+    world.run_until(ms(1000), |world| world.view(A).arbiter_pending.is_some()).expect("sync write");
+    world.nodes[A].service = Service::Good;
+    world.cut = [true; 2];
+    let before = world.record.clone().unwrap().revision;
+    assert!(world.run_until(ms(1000), |world| world.open(A)).is_some());
+    let record = world.record.clone().unwrap();
+    assert!(record.revision > before, "the revision was bumped before output was opened");
+    assert_eq!(record.record.in_sync, None);
+    world.run(ms(1000));
+    assert_eq!(world.record, Some(record), "the late write found another revision");
+    assert_eq!(world.running(), [A]);
+}
+
+#[test]
+fn r5_output_is_held_before_the_record_names_the_backup() {
+    let mut world = World::new();
+    world.start(A, Role::Primary);
+    world.start(B, Role::Backup);
+    let in_sync = |world: &World| world.record.as_ref().is_some_and(|stored| stored.record.in_sync.is_some());
+    world.run_until(ms(2000), in_sync).expect("in sync");
+    assert_eq!(world.view(A).gate, Gate::Held);
+    assert_ne!(world.state(A), StateName::Protected, "only the answer makes it so");
+    world.run(ms(10));
+    assert_eq!(world.state(A), StateName::Protected);
+}
+
+#[test]
+fn a_pair_fails_over_back_and_forth() {
+    let mut world = World::protected();
+    for round in 0..10 {
+        let (owner, other) = if round % 2 == 0 { (A, B) } else { (B, A) };
+        world.kill(owner);
+        assert!(world.run_until(ms(500), |world| world.open(other)).is_some(), "round {round}");
+        world.start(owner, Role::Primary);
+        assert!(world.run_until(ms(5000), |world| world.state(other) == StateName::Protected).is_some(), "round {round}");
+        world.run(Duration::from_secs(61));
+    }
+    assert_eq!(world.record.clone().unwrap().record.generation, Generation(11));
+}
+
+#[test]
+fn a_data_connection_that_dies_alone_ends_protection_although_heartbeats_go_on() {
+    let mut world = World::protected();
+    world.input(A, Input::LinkLost(LinkLoss::Local));
+    world.run(ms(100));
+    assert!(world.open(A));
+    assert_eq!(world.running(), [A]);
+    assert!(world.run_until(ms(3000), |world| world.state(A) == StateName::Protected).is_some());
+}
