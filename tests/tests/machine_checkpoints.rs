@@ -92,15 +92,15 @@ fn checkpoints(vcpus: u8, count: u64) {
     drop(env_logger::builder().is_test(true).try_init());
     let seed = from_env("FT_SEED", 1);
     let (outputs, frames) = Recorder::new();
-    let (guest_end, host_end) = SocketPort::pair().unwrap();
+    let (guest_end, host_end) = SocketPort::pair().expect("a socket pair");
     let port = Arc::new(guest_end);
     let config = demo_config(demo_guest(), vcpus, 32 << 20);
     let mut machine = build(&config, &outputs, &port);
-    machine.load().unwrap();
+    machine.load().expect("the demo guest is bootable");
     let mut shadow = Shadow::zeroed(machine.ram());
-    machine.track_dirty(true).unwrap();
+    machine.track_dirty(true).expect("writes can be logged");
     shadow.copy_all(machine.ram());
-    machine.run().unwrap();
+    machine.run().expect("a loaded machine runs");
 
     let client = Counter::start(frames, Arc::new(host_end), vec!["FT.DIRTY 20000 1024".into()]);
     let times = Default::default();

@@ -43,7 +43,7 @@ pub(crate) trait Saved: Sized {
         if section.version != Self::VERSION {
             return Err(RestoreError::Version { kind, got: section.version, reads: Self::VERSION });
         }
-        let mut input = Decoder(&section.bytes);
+        let mut input = Decoder::new(&section.bytes);
         let saved = Self::decode(&mut input).map_err(|e| e.of(kind))?;
         if !input.0.is_empty() {
             return Err(Malformed::new(format!("{} bytes too many", input.0.len())).of(kind));
@@ -57,7 +57,6 @@ pub(crate) trait Saved: Sized {
 pub(crate) struct Encoder(Vec<u8>);
 
 impl Encoder {
-    #[cfg(test)]
     pub(crate) fn into_bytes(self) -> Vec<u8> {
         self.0
     }
@@ -86,6 +85,11 @@ impl Encoder {
 pub(crate) struct Decoder<'a>(&'a [u8]);
 
 impl<'a> Decoder<'a> {
+    /// Begins at the first of `bytes`.
+    pub(crate) fn new(bytes: &'a [u8]) -> Self {
+        Self(bytes)
+    }
+
     pub(crate) fn bytes(&mut self, n: usize) -> Result<&'a [u8], Malformed> {
         let (head, tail) = self
             .0

@@ -65,9 +65,9 @@ impl Saved for VcpuStateV1 {
         let tsc_khz = input.u32()?;
         let regs = input.abi()?;
         let sregs = input.abi()?;
-        let mut xsave = kvm_xsave::default();
-        xsave.region = <[u32; 1024]>::read_from_bytes(input.bytes(4096)?)
+        let region = <[u32; 1024]>::read_from_bytes(input.bytes(4096)?)
             .map_err(|_| Malformed::new("wrong size of the XSAVE area"))?;
+        let xsave = kvm_xsave { region, ..Default::default() };
         let (xcrs, debug_regs, lapic, events) = (input.abi()?, input.abi()?, input.abi()?, input.abi()?);
         let count = input.u16()?;
         if count > MAX_MSRS {

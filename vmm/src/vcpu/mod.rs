@@ -34,7 +34,8 @@ use crate::state::vcpu::{VcpuStateV1, msr_buffer};
 use exit::After;
 use kick::{ImmediateExit, kick_signal};
 
-/// How long a thread looks at a flag before it sleeps. A pause is about this long, and a wake-up costs a good part of it.
+/// How long a thread looks at a flag before it sleeps, where each thread of the rendezvous can have a processor of its own. A
+/// pause is about this long, and a wake-up costs a good part of it.
 const SPIN: Duration = Duration::from_micros(200);
 /// No exit takes this long on a host that works.
 const STOP_PATIENCE: Duration = Duration::from_secs(5);
@@ -104,6 +105,7 @@ impl Order {
 /// What all vCPU threads of a machine share.
 struct Rendezvous {
     vcpus: usize,
+    spin: Duration,
     order: AtomicU8,
     /// Counts the orders to run, so that a run that is followed by a stop at once is not missed.
     runs: AtomicU64,
@@ -168,10 +170,16 @@ fn again(error: &io::Error) -> io::Error {
     error.raw_os_error().map_or_else(|| error.kind().into(), io::Error::from_raw_os_error)
 }
 
+/// How long `threads` threads that wait for each other may spin on this host.
+fn spin(threads: usize) -> Duration {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    if processors >= threads { SPIN } else { Duration::ZERO }
+}
+
 /// Looks at `done` for a while, then sleeps until somebody unparks this thread; false when `deadline` passes first.
-fn wait_until(deadline: Option<Instant>, done: impl Fn() -> bool) -> bool {
+fn wait_until(spin: Duration, deadline: Option<Instant>, done: impl Fn() -> bool) -> bool {
     let began = Instant::now();
-    while began.elapsed() < SPIN {
+    while began.elapsed() < spin {
         if done() {
             return true;
         }
@@ -205,6 +213,7 @@ impl VcpuThreads {
     pub(crate) fn start(vcpus: Vec<Vcpu>, devices: &Arc<Devices>, events: Sender<MachineEvent>) -> io::Result<Self> {
         let shared = Arc::new(Rendezvous {
             vcpus: vcpus.len(),
+            spin: spin(vcpus.len() + 1),
             order: AtomicU8::new(Order::Stop.to_u8()),
             runs: AtomicU64::new(0),
             drained: AtomicUsize::new(0),
@@ -250,7 +259,7 @@ impl VcpuThreads {
         let deadline = Instant::now() + STOP_PATIENCE;
         let shared = &*self.shared;
         let all_parked = || shared.parked.load(Ordering::SeqCst) == shared.vcpus || shared.has_ended();
-        let in_time = wait_until(Some(deadline), all_parked);
+        let in_time = wait_until(shared.spin, Some(deadline), all_parked);
         *lock(&shared.stopper) = None;
         if shared.has_ended() {
             return Err(PauseError::Ended(shared.why_ended()));
@@ -337,7 +346,9 @@ impl Runner {
         let mut runs = 0;
         loop {
             // Paused: waits for the order to run or to end.
-            wait_until(None, || self.shared.runs.load(Ordering::SeqCst) != runs || self.shared.order() == Order::End);
+            wait_until(self.shared.spin, None, || {
+                self.shared.runs.load(Ordering::SeqCst) != runs || self.shared.order() == Order::End
+            });
             runs = self.shared.runs.load(Ordering::SeqCst);
             if self.shared.order() == Order::End {
                 return;
