@@ -11,11 +11,17 @@
 //! * [`ProgramOptions`]: its command line
 
 mod bus;
+mod commands;
 mod layout;
 mod machine;
 mod options;
 mod program;
 mod registers;
+mod resp;
+mod server;
+mod store;
+mod tcb;
+mod tcp;
 mod wire;
 
 pub use machine::{ModelBuildError, ModelMachine};

@@ -5,7 +5,10 @@ use std::sync::Arc;
 use super::bus::{Bus, Fault};
 use super::layout::Layout;
 use super::options::ProgramOptions;
-use super::registers::Registers;
+use super::registers::{LAST_TIME, Registers};
+use super::server;
+use super::tcb::Table;
+use super::tcp::Tcp;
 use super::wire::{self, Packet, Station};
 use crate::machine::RestoreError;
 use crate::memory::{GuestRam, PAGE_SIZE};
@@ -111,7 +114,7 @@ impl ModelProgram {
     /// Runs the program once: `inbound` are the Ethernet frames that arrived, `now` is guest time in nanoseconds (an earlier
     /// time than that of the last step counts as that one: guest time never runs backwards).
     pub fn step(&mut self, now: u64, inbound: &[Vec<u8>]) -> Step {
-        self.registers.now = self.registers.now.max(now);
+        self.registers.now = self.registers.now.max(now.min(LAST_TIME));
         let mut step = Step::default();
         if let Err(Fault(reason)) = self.try_step(inbound, &mut step) {
             step.end = Some(End::Crashed(reason.into()));
@@ -128,17 +131,27 @@ impl ModelProgram {
             step.console.extend_from_slice(format!("model ready {a}.{b}.{c}.{d}:{port}\n").as_bytes());
             registers.greeted = true;
         }
+        let mut table = Table::load(bus, layout)?;
+        let mut tcp = Tcp { bus, layout, us: *us, port: *port, table: &mut table, frames: &mut step.frames };
         for frame in inbound {
             registers.frames_in += 1;
             match wire::parse(frame, *us) {
-                Some(Packet::ArpRequest(from)) => step.frames.push(wire::arp_reply(*us, from)),
-                Some(Packet::Echo(from, message)) => step.frames.push(wire::echo_reply(*us, from, message)),
-                Some(Packet::Tcp(..)) | None => {}
+                Some(Packet::ArpRequest(from)) => tcp.frames.push(wire::arp_reply(*us, from)),
+                Some(Packet::Echo(from, message)) => tcp.frames.push(wire::echo_reply(*us, from, message)),
+                Some(Packet::Tcp(from, segment)) => tcp.segment(registers, from, &segment)?,
+                None => {}
             }
         }
+        tcp.timers(registers.now)?;
+        step.end = server::serve(bus, layout, registers, tcp.table)?;
+        for slot in 0..layout.connections {
+            tcp.output(slot, registers.now)?;
+        }
+        table.store(bus)?;
         let load = run_load(bus, layout, registers)?;
         let beacon = run_beacon(*us, registers, &mut step.frames);
-        step.wake_at = [load, beacon].into_iter().flatten().min();
+        let timers = table.tcbs.iter().filter(|t| t.timer != 0).map(|t| t.timer).min();
+        step.wake_at = [load, beacon, timers].into_iter().flatten().min();
         Ok(())
     }
 }

@@ -6,6 +6,8 @@ use crate::state::codec::{Decoder, Encoder, Malformed, Saved};
 
 /// Times and counters of a saved state are below this, so that sums of them cannot overflow.
 const MAX_COUNT: u64 = 1 << 62;
+/// Guest time stands still from here on, a hundred years after boot.
+pub(super) const LAST_TIME: u64 = 1 << 61;
 pub(super) const MILLISECOND: u64 = 1_000_000;
 
 /// The background load that dirties pages.
@@ -88,6 +90,9 @@ impl Registers {
         }
         if *rate > MAX_RATE || *pages > layout.load_pages || (*rate > 0 && *pages == 0) {
             return Err(Malformed::new(format!("a load of {rate} pages a second over {pages} pages")));
+        }
+        if *now > LAST_TIME {
+            return Err(Malformed::new("a clock that no machine reaches"));
         }
         if since > now {
             return Err(Malformed::new("a load that began in the future"));

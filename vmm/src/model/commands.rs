@@ -1,0 +1,500 @@
+//! The commands of the server: the part of Redis that clients and `redis-benchmark` use, and our own.
+
+use super::bus::Fault;
+use super::layout::Layout;
+use super::options::MAX_RATE;
+use super::program::End;
+use super::registers::{MILLISECOND, Registers};
+use super::resp::{Reply, integer};
+use super::store::{Kind, MAX_KEY, MAX_VALUE, Store, StoreError};
+
+/// What becomes of the connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Outcome {
+    Continue,
+    /// It is closed once the replies are sent.
+    Close,
+}
+
+/// One request being carried out.
+pub(super) struct Call<'a, 's> {
+    pub(super) store: &'a Store<'s>,
+    pub(super) registers: &'a mut Registers,
+    pub(super) layout: &'a Layout,
+    pub(super) slot: usize,
+    pub(super) connected: usize,
+    pub(super) arguments: &'a [&'a [u8]],
+    pub(super) reply: &'a mut Reply,
+    pub(super) end: &'a mut Option<End>,
+}
+
+/// Why a command failed; the reply says it.
+enum Failure {
+    Store(StoreError),
+    Text(&'static str),
+}
+
+impl From<StoreError> for Failure {
+    fn from(error: StoreError) -> Self {
+        Self::Store(error)
+    }
+}
+
+impl From<Fault> for Failure {
+    fn from(fault: Fault) -> Self {
+        Self::Store(StoreError::Fault(fault))
+    }
+}
+
+type Done = Result<(), Failure>;
+
+const SYNTAX: Failure = Failure::Text("ERR syntax error");
+const NOT_INTEGER: Failure = Failure::Text("ERR value is not an integer or out of range");
+const OVERFLOW: Failure = Failure::Text("ERR increment or decrement would overflow");
+const LONG_KEY: Failure = Failure::Text("ERR the key is longer than 256 bytes");
+const LONG_VALUE: Failure = Failure::Text("ERR the value is longer than 65536 bytes");
+/// Elements that one LPOP or RPOP can take: their reply has to fit a known room.
+const TOO_MANY: Failure = Failure::Text("ERR this machine pops one element at a time");
+
+struct Command {
+    name: &'static str,
+    /// The fewest and the most arguments, the name included.
+    arity: (usize, usize),
+    run: fn(&mut Call<'_, '_>) -> Done,
+}
+
+const ANY: usize = usize::MAX;
+
+const fn command(name: &'static str, arity: (usize, usize), run: fn(&mut Call<'_, '_>) -> Done) -> Command {
+    Command { name, arity, run }
+}
+
+/// All commands but QUIT, which is about the connection.
+static COMMANDS: &[Command] = &[
+    command("APPEND", (3, 3), append),
+    command("CLIENT", (2, ANY), client),
+    command("COMMAND", (1, ANY), no_commands),
+    command("CONFIG", (2, ANY), config),
+    command("DBSIZE", (1, 1), dbsize),
+    command("DECR", (2, 2), |call| add(call, -1)),
+    command("DECRBY", (3, 3), decrement_by),
+    command("DEL", (2, ANY), delete),
+    command("ECHO", (2, 2), echo),
+    command("EXISTS", (2, ANY), exists),
+    command("FLUSHALL", (1, 2), flush),
+    command("FLUSHDB", (1, 2), flush),
+    command("FT.COUNTERS", (1, 1), counters),
+    command("FT.CRASH", (1, 1), crash),
+    command("FT.DIGEST", (1, 1), digest),
+    command("FT.DIRTY", (2, 3), dirty),
+    command("FT.POWEROFF", (1, 1), power_off),
+    command("FT.UPTIME", (1, 1), uptime),
+    command("GET", (2, 2), get),
+    command("INCR", (2, 2), |call| add(call, 1)),
+    command("INCRBY", (3, 3), increment_by),
+    command("INFO", (1, ANY), info),
+    command("LLEN", (2, 2), list_length),
+    command("LPOP", (2, 3), |call| pop(call, true)),
+    command("LPUSH", (3, ANY), |call| push(call, true)),
+    command("LRANGE", (4, 4), list_range),
+    command("MGET", (2, ANY), get_many),
+    command("MSET", (3, ANY), set_many),
+    command("PING", (1, 2), ping),
+    command("RPOP", (2, 3), |call| pop(call, false)),
+    command("RPUSH", (3, ANY), |call| push(call, false)),
+    command("SELECT", (2, 2), select),
+    command("SET", (3, ANY), set),
+    command("STRLEN", (2, 2), string_length),
+    command("TYPE", (2, 2), kind),
+    command("UNLINK", (2, ANY), delete),
+];
+
+/// Carries out one request. Only a fault of the machine is an error; the peer's errors are replies.
+pub(super) fn run(mut call: Call<'_, '_>) -> Result<Outcome, Fault> {
+    let Some(name) = call.arguments.first().copied() else { return Ok(Outcome::Continue) };
+    if name.eq_ignore_ascii_case(b"QUIT") {
+        call.reply.simple("OK");
+        return Ok(Outcome::Close);
+    }
+    let Some(command) = COMMANDS.iter().find(|c| name.eq_ignore_ascii_case(c.name.as_bytes())) else {
+        let shown = String::from_utf8_lossy(name.get(..64).unwrap_or(name)).into_owned();
+        call.reply.error(&format!("ERR unknown command '{shown}'"));
+        return Ok(Outcome::Continue);
+    };
+    let (fewest, most) = command.arity;
+    if call.arguments.len() < fewest || call.arguments.len() > most {
+        wrong_number(&mut call, command.name);
+        return Ok(Outcome::Continue);
+    }
+    match (command.run)(&mut call) {
+        Ok(()) => {}
+        Err(Failure::Text(text)) => call.reply.error(text),
+        Err(Failure::Store(StoreError::Full)) => {
+            call.reply.error("OOM command not allowed: the guest's memory is full");
+        }
+        Err(Failure::Store(StoreError::WrongType)) => {
+            call.reply.error("WRONGTYPE Operation against a key holding the wrong kind of value");
+        }
+        Err(Failure::Store(StoreError::Fault(fault))) => return Err(fault),
+    }
+    Ok(Outcome::Continue)
+}
+
+fn wrong_number(call: &mut Call<'_, '_>, name: &str) {
+    call.reply.error(&format!("ERR wrong number of arguments for '{}' command", name.to_ascii_lowercase()));
+}
+
+impl<'a> Call<'a, '_> {
+    fn argument(&self, index: usize) -> &'a [u8] {
+        self.arguments.get(index).copied().unwrap_or_default()
+    }
+
+    fn is(&self, index: usize, word: &str) -> bool {
+        self.argument(index).eq_ignore_ascii_case(word.as_bytes())
+    }
+
+    fn key(&self, index: usize) -> Result<&'a [u8], Failure> {
+        let key = self.argument(index);
+        if key.len() <= MAX_KEY { Ok(key) } else { Err(LONG_KEY) }
+    }
+
+    fn value(&self, index: usize) -> Result<&'a [u8], Failure> {
+        let value = self.argument(index);
+        if value.len() <= MAX_VALUE { Ok(value) } else { Err(LONG_VALUE) }
+    }
+
+    fn integer(&self, index: usize) -> Result<i64, Failure> {
+        integer(self.argument(index)).ok_or(NOT_INTEGER)
+    }
+
+    fn ok(&mut self) -> Done {
+        self.reply.simple("OK");
+        Ok(())
+    }
+
+    fn bulk_or_null(&mut self, value: Option<Vec<u8>>) {
+        match value {
+            Some(value) => self.reply.bulk(&value),
+            None => self.reply.null(),
+        }
+    }
+}
+
+// The connection and the server.
+
+fn ping(call: &mut Call<'_, '_>) -> Done {
+    match call.arguments.get(1) {
+        Some(text) => call.reply.bulk(text),
+        None => call.reply.simple("PONG"),
+    }
+    Ok(())
+}
+
+fn echo(call: &mut Call<'_, '_>) -> Done {
+    call.reply.bulk(call.argument(1));
+    Ok(())
+}
+
+fn select(call: &mut Call<'_, '_>) -> Done {
+    match call.integer(1)? {
+        0 => call.ok(),
+        _ => Err(Failure::Text("ERR DB index is out of range")),
+    }
+}
+
+fn client(call: &mut Call<'_, '_>) -> Done {
+    if call.is(1, "ID") {
+        call.reply.count(call.slot as u64 + 1);
+        Ok(())
+    } else if call.is(1, "GETNAME") {
+        call.reply.null();
+        Ok(())
+    } else if ["SETNAME", "SETINFO", "NO-EVICT", "NO-TOUCH"].iter().any(|word| call.is(1, word)) {
+        call.ok()
+    } else {
+        Err(Failure::Text("ERR unknown CLIENT subcommand"))
+    }
+}
+
+fn no_commands(call: &mut Call<'_, '_>) -> Done {
+    if call.is(1, "COUNT") {
+        call.reply.count(COMMANDS.len() as u64);
+    } else {
+        call.reply.array(0);
+    }
+    Ok(())
+}
+
+fn config(call: &mut Call<'_, '_>) -> Done {
+    if !call.is(1, "GET") {
+        return Err(Failure::Text("ERR settings cannot be changed: only CONFIG GET is supported"));
+    }
+    // What redis-benchmark asks for.
+    for (name, value) in [("save", ""), ("appendonly", "no")] {
+        if call.is(2, name) {
+            call.reply.array(2);
+            call.reply.bulk(name.as_bytes());
+            call.reply.bulk(value.as_bytes());
+            return Ok(());
+        }
+    }
+    call.reply.array(0);
+    Ok(())
+}
+
+fn info(call: &mut Call<'_, '_>) -> Done {
+    let (keys, used, connected) = (call.store.keys()?, call.store.used()?, call.connected);
+    let seconds = call.registers.now / (1000 * MILLISECOND);
+    let text = format!(
+        "# Server\r\nredis_version:7.0.0\r\nredis_mode:standalone\r\nos:model machine\r\nuptime_in_seconds:{seconds}\r\n\
+         # Clients\r\nconnected_clients:{connected}\r\n# Memory\r\nused_memory:{used}\r\n\
+         # Keyspace\r\ndb0:keys={keys},expires=0,avg_ttl=0\r\n"
+    );
+    call.reply.bulk(text.as_bytes());
+    Ok(())
+}
+
+// Keys.
+
+fn dbsize(call: &mut Call<'_, '_>) -> Done {
+    call.reply.count(call.store.keys()?);
+    Ok(())
+}
+
+fn flush(call: &mut Call<'_, '_>) -> Done {
+    if call.arguments.len() == 2 && !call.is(1, "SYNC") && !call.is(1, "ASYNC") {
+        return Err(SYNTAX);
+    }
+    call.store.clear()?;
+    call.ok()
+}
+
+fn delete(call: &mut Call<'_, '_>) -> Done {
+    let mut removed = 0;
+    for index in 1..call.arguments.len() {
+        removed += u64::from(call.store.remove(call.argument(index))?);
+    }
+    call.reply.count(removed);
+    Ok(())
+}
+
+fn exists(call: &mut Call<'_, '_>) -> Done {
+    let mut found = 0;
+    for index in 1..call.arguments.len() {
+        found += u64::from(call.store.kind(call.argument(index))?.is_some());
+    }
+    call.reply.count(found);
+    Ok(())
+}
+
+fn kind(call: &mut Call<'_, '_>) -> Done {
+    call.reply.simple(match call.store.kind(call.argument(1))? {
+        None => "none",
+        Some(Kind::String) => "string",
+        Some(Kind::List) => "list",
+    });
+    Ok(())
+}
+
+// Strings.
+
+fn set(call: &mut Call<'_, '_>) -> Done {
+    let (key, value) = (call.key(1)?, call.value(2)?);
+    let (mut only_new, mut only_old) = (false, false);
+    for index in 3..call.arguments.len() {
+        match () {
+            () if call.is(index, "NX") => only_new = true,
+            () if call.is(index, "XX") => only_old = true,
+            () if call.is(index, "KEEPTTL") => {}
+            () => return Err(Failure::Text("ERR of SET's options only NX, XX and KEEPTTL are supported")),
+        }
+    }
+    if only_new && only_old {
+        return Err(SYNTAX);
+    }
+    if only_new || only_old {
+        let there = call.store.kind(key)?.is_some();
+        if there != only_old {
+            call.reply.null();
+            return Ok(());
+        }
+    }
+    call.store.set(key, value)?;
+    call.ok()
+}
+
+fn get(call: &mut Call<'_, '_>) -> Done {
+    let value = call.store.get(call.argument(1))?;
+    call.bulk_or_null(value);
+    Ok(())
+}
+
+fn string_length(call: &mut Call<'_, '_>) -> Done {
+    let value = call.store.get(call.argument(1))?;
+    call.reply.count(value.map_or(0, |value| value.len() as u64));
+    Ok(())
+}
+
+fn append(call: &mut Call<'_, '_>) -> Done {
+    let key = call.key(1)?;
+    let mut value = call.store.get(key)?.unwrap_or_default();
+    value.extend_from_slice(call.argument(2));
+    if value.len() > MAX_VALUE {
+        return Err(LONG_VALUE);
+    }
+    call.store.set(key, &value)?;
+    call.reply.count(value.len() as u64);
+    Ok(())
+}
+
+fn get_many(call: &mut Call<'_, '_>) -> Done {
+    call.reply.array(call.arguments.len() - 1);
+    for index in 1..call.arguments.len() {
+        let value = match call.store.get(call.argument(index)) {
+            Err(StoreError::WrongType) => None,
+            other => other?,
+        };
+        call.bulk_or_null(value);
+        if call.reply.overflowed {
+            break;
+        }
+    }
+    Ok(())
+}
+
+fn set_many(call: &mut Call<'_, '_>) -> Done {
+    if call.arguments.len().is_multiple_of(2) {
+        wrong_number(call, "mset");
+        return Ok(());
+    }
+    // All are checked before the first is set.
+    for index in (1..call.arguments.len()).step_by(2) {
+        call.key(index)?;
+        call.value(index + 1)?;
+    }
+    for index in (1..call.arguments.len()).step_by(2) {
+        call.store.set(call.argument(index), call.argument(index + 1))?;
+    }
+    call.ok()
+}
+
+fn add(call: &mut Call<'_, '_>, amount: i64) -> Done {
+    let key = call.key(1)?;
+    let old = match call.store.get(key)? {
+        Some(text) => integer(&text).ok_or(NOT_INTEGER)?,
+        None => 0,
+    };
+    let new = old.checked_add(amount).ok_or(OVERFLOW)?;
+    call.store.set(key, new.to_string().as_bytes())?;
+    call.reply.integer(new);
+    Ok(())
+}
+
+fn increment_by(call: &mut Call<'_, '_>) -> Done {
+    let amount = call.integer(2)?;
+    add(call, amount)
+}
+
+fn decrement_by(call: &mut Call<'_, '_>) -> Done {
+    let amount = call.integer(2)?.checked_neg().ok_or(OVERFLOW)?;
+    add(call, amount)
+}
+
+// Lists.
+
+fn push(call: &mut Call<'_, '_>, front: bool) -> Done {
+    let key = call.key(1)?;
+    for index in 2..call.arguments.len() {
+        call.value(index)?;
+    }
+    let mut length = 0;
+    for index in 2..call.arguments.len() {
+        length = call.store.push(key, call.argument(index), front)?;
+    }
+    call.reply.count(length);
+    Ok(())
+}
+
+fn pop(call: &mut Call<'_, '_>, front: bool) -> Done {
+    if call.arguments.len() == 3 {
+        return Err(TOO_MANY);
+    }
+    let value = call.store.pop(call.argument(1), front)?;
+    call.bulk_or_null(value);
+    Ok(())
+}
+
+fn list_length(call: &mut Call<'_, '_>) -> Done {
+    call.reply.count(call.store.length(call.argument(1))?);
+    Ok(())
+}
+
+fn list_range(call: &mut Call<'_, '_>) -> Done {
+    let (key, from, to) = (call.argument(1), call.integer(2)?, call.integer(3)?);
+    let length = call.store.length(key)?;
+    let signed = i64::try_from(length).unwrap_or(i64::MAX);
+    let absolute = |index: i64| if index < 0 { signed.saturating_add(index) } else { index };
+    let (from, to) = (absolute(from).max(0), absolute(to).min(signed - 1));
+    let (Ok(from), Ok(to)) = (u64::try_from(from), u64::try_from(to)) else {
+        call.reply.array(0);
+        return Ok(());
+    };
+    if from > to {
+        call.reply.array(0);
+        return Ok(());
+    }
+    call.reply.array(usize::try_from(to - from + 1).unwrap_or(usize::MAX));
+    let reply = &mut *call.reply;
+    call.store.range(key, from, to, &mut |element| {
+        reply.bulk(element);
+        !reply.overflowed
+    })?;
+    Ok(())
+}
+
+// Our own.
+
+/// `FT.DIRTY pages-per-second [working-set-pages]`
+fn dirty(call: &mut Call<'_, '_>) -> Done {
+    let rate = u64::try_from(call.integer(1)?).ok().filter(|rate| *rate <= MAX_RATE).ok_or(NOT_INTEGER)?;
+    let pages = match call.arguments.len() {
+        3 => u64::try_from(call.integer(2)?).ok().filter(|pages| *pages > 0).ok_or(NOT_INTEGER)?,
+        _ => call.layout.load_pages,
+    };
+    if pages > call.layout.load_pages {
+        return Err(Failure::Store(StoreError::Full));
+    }
+    call.registers.set_load(rate, pages);
+    call.ok()
+}
+
+fn digest(call: &mut Call<'_, '_>) -> Done {
+    let digest = call.store.digest()?;
+    call.reply.bulk(format!("{digest:016x}").as_bytes());
+    Ok(())
+}
+
+fn uptime(call: &mut Call<'_, '_>) -> Done {
+    call.reply.count(call.registers.now / MILLISECOND);
+    Ok(())
+}
+
+fn counters(call: &mut Call<'_, '_>) -> Done {
+    let Registers { frames_in, frames_out, requests, load, beacon, .. } = &*call.registers;
+    let text = format!(
+        "frames_in:{frames_in}\r\nframes_out:{frames_out}\r\nrequests:{requests}\r\ntouches:{}\r\nbeacons:{}\r\n",
+        load.touches, beacon.number
+    );
+    call.reply.bulk(text.as_bytes());
+    Ok(())
+}
+
+fn power_off(call: &mut Call<'_, '_>) -> Done {
+    *call.end = Some(End::PoweredOff);
+    call.ok()
+}
+
+fn crash(call: &mut Call<'_, '_>) -> Done {
+    *call.end = Some(End::Crashed("FT.CRASH was asked for".into()));
+    call.ok()
+}
