@@ -13,6 +13,7 @@ pub mod exit;
 pub mod generation;
 pub mod permit;
 pub mod reason;
+pub mod status;
 
 pub use detector::{Detector, Evidence};
 pub use permit::RunPermit;

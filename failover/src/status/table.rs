@@ -1,0 +1,165 @@
+//! The status for people. Text from outside is stripped of control characters: a name must not drive the terminal.
+
+use std::fmt::Write;
+
+use super::{Distribution, NodeRole, Status};
+use crate::config::format_size;
+use crate::decide::StateName;
+
+fn clean(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control()).take(200).collect()
+}
+
+fn grouped(number: u64) -> String {
+    let digits = number.to_string();
+    let mut out = String::new();
+    for (at, digit) in digits.chars().enumerate() {
+        if at > 0 && (digits.len() - at).is_multiple_of(3) {
+            out.push(',');
+        }
+        out.push(digit);
+    }
+    out
+}
+
+fn span(seconds: f64) -> String {
+    match seconds {
+        s if s < 0.001 => format!("{:.0} us", s * 1e6),
+        s if s < 1.0 => format!("{:.1} ms", s * 1e3),
+        s if s < 60.0 => format!("{s:.1} s"),
+        s if s < 3600.0 => format!("{:.0}m{:02.0}s", (s / 60.0).floor(), (s % 60.0).floor()),
+        s => format!("{:.0}h{:02.0}m", (s / 3600.0).floor(), (s % 3600.0 / 60.0).floor()),
+    }
+}
+
+fn or_dash(seconds: Option<f64>) -> String {
+    seconds.map_or_else(|| "-".into(), span)
+}
+
+fn short_state(state: StateName) -> &'static str {
+    match state {
+        StateName::Solo | StateName::Resync | StateName::Protected | StateName::Contending => "running",
+        StateName::SwitchingOver => "handing over",
+        StateName::InSync => "in sync",
+        other => other.word(),
+    }
+}
+
+fn quantiles(of: &Distribution) -> String {
+    if of.count == 0 {
+        return "-".into();
+    }
+    format!("{:.1}/{:.1} ms", of.p50_seconds * 1e3, of.p99_seconds * 1e3)
+}
+
+/// The status block.
+pub(super) fn render(s: &Status) -> String {
+    let mut out = String::new();
+    let line = |out: &mut String, text: String| {
+        // Writing to a string does not fail.
+        let _ = writeln!(out, "{text}");
+    };
+    let id = s.vm_id.get(..8).unwrap_or(&s.vm_id);
+    let since = clean(&s.since).replace('T', " ");
+    line(
+        &mut out,
+        format!(
+            "VM {} ({}…)  {}   state {}   gen {}   epoch {}   epoch length {}   since {since} ({})",
+            clean(&s.vm),
+            clean(id),
+            s.headline(),
+            s.state.word(),
+            s.generation,
+            grouped(s.epoch),
+            span(s.epoch_interval_seconds),
+            span(s.state_seconds)
+        ),
+    );
+    nodes(&mut out, s);
+    let failover = if s.armed { "armed (backup in sync, its arbiter reachable)" } else { "NOT armed" };
+    line(&mut out, format!("Failover:  {failover}"));
+    if !s.protected || !s.armed || !s.next_step.is_empty() {
+        let next = if s.next_step.is_empty() { String::new() } else { format!(". Next: {}", clean(&s.next_step)) };
+        line(&mut out, format!("{} ({}) - {}{next}", s.headline(), s.state.word(), clean(&s.reason_text)));
+    }
+    if !s.link.up && !s.link.text.is_empty() {
+        line(&mut out, format!("Link:  {}", clean(&s.link.text)));
+    }
+    let t = &s.timings;
+    line(
+        &mut out,
+        format!(
+            "Epoch p50/p99: pause {}  transfer {}  ack {}  output hold {}",
+            quantiles(&t.pause),
+            quantiles(&t.transfer),
+            quantiles(&t.ack),
+            quantiles(&t.output_hold)
+        ),
+    );
+    let o = &s.output;
+    line(
+        &mut out,
+        format!(
+            "Output {}: {} frames / {} held (cap {}), {} released, {} dropped",
+            clean(&o.gate),
+            grouped(o.held_frames),
+            format_size(o.held_bytes),
+            format_size(o.limit_bytes),
+            grouped(o.released_frames_total),
+            grouped(o.dropped_frames_total)
+        ),
+    );
+    if s.machine != "kvm" {
+        line(&mut out, format!("Machine:  {} (NOT a KVM guest)", clean(&s.machine)));
+    }
+    let warnings = if s.warnings.is_empty() { "none".into() } else { clean(&s.warnings.join("; ")) };
+    line(&mut out, format!("Warnings: {warnings}"));
+    out
+}
+
+fn nodes(out: &mut String, s: &Status) {
+    let row = |out: &mut String, cells: [&str; 8]| {
+        let [node, role, state, epoch, lag, link, arbiter, seen] = cells;
+        let _ = writeln!(out, "  {node:<10} {role:<8} {state:<13} {epoch:<12} {lag:<16} {link:<18} {arbiter:<14} {seen}");
+    };
+    row(out, ["NODE", "ROLE", "STATE", "EPOCH", "LAG", "LINK", "ARBITER", "SEEN"]);
+    let link = match (s.link.up, s.link.rtt_seconds) {
+        (true, Some(rtt)) => format!("up  {} rtt", span(rtt)),
+        (true, None) => "up".into(),
+        (false, _) => "DOWN".into(),
+    };
+    let arbiter = |age: Option<f64>| age.map_or_else(|| "-".to_owned(), |age| format!("ok {} ago", span(age)));
+    let lag = format!("{} ep / {}", s.lag_epochs, or_dash(s.lag_seconds));
+    let (own_lag, peer_lag) = if s.role == NodeRole::Backup { (lag.as_str(), "-") } else { ("-", lag.as_str()) };
+    row(
+        out,
+        [
+            &clean(&s.node),
+            s.role.word(),
+            short_state(s.state),
+            &grouped(s.epoch),
+            own_lag,
+            &link,
+            &arbiter(s.arbiter.age_seconds),
+            "here",
+        ],
+    );
+    let (peer_role, heard) = match s.role {
+        NodeRole::Primary => ("backup", s.peer.seen_age_seconds.is_some()),
+        NodeRole::Backup => ("primary", s.peer.seen_age_seconds.is_some()),
+    };
+    let peer_state = if heard { "heard" } else { "not heard" };
+    row(
+        out,
+        [
+            &clean(&s.peer.node),
+            peer_role,
+            peer_state,
+            &grouped(s.peer.epoch),
+            peer_lag,
+            "",
+            &arbiter(s.peer.arbiter_age_seconds),
+            &or_dash(s.peer.seen_age_seconds),
+        ],
+    );
+}

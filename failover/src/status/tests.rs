@@ -1,0 +1,138 @@
+use std::time::Duration;
+
+use replication_proto::{Generation, Incarnation};
+
+use super::*;
+use crate::arbiter::NodeRef;
+use crate::decide::{Gate, View};
+
+pub(crate) fn board() -> StatusBoard {
+    let labels = Labels {
+        vm: "web1".into(),
+        vm_id: "6f3c0000-1111-4222-8333-444455556666".into(),
+        machine: "kvm",
+        node: "a".into(),
+        peer: "b".into(),
+        incarnation: Incarnation(1),
+        epoch_interval: Duration::from_millis(25),
+        output_limit: 64 << 20,
+        insecure_link: true,
+    };
+    StatusBoard::new(&labels, NodeRole::Primary)
+}
+
+fn view(state: StateName) -> View {
+    let backup = NodeRef { node: "b".parse().unwrap(), incarnation: Incarnation(2) };
+    View {
+        state,
+        reason: if state == StateName::Protected { ReasonCode::Covered } else { ReasonCode::BackupSilent },
+        since: Duration::ZERO,
+        generation: Generation(7),
+        owner: true,
+        gate: if state == StateName::Protected { Gate::OnAck(backup) } else { Gate::Open },
+        protected: state == StateName::Protected,
+        armed: state == StateName::Protected,
+        partner: None,
+        partner_age: Some(Duration::from_millis(4)),
+        partner_arbiter_age: Some(Duration::from_millis(5)),
+        committed: None,
+        arbiter_age: Some(Duration::from_millis(3)),
+        arbiter_pending: None,
+        record: None,
+        alarm: None,
+        blind: false,
+    }
+}
+
+#[test]
+fn json_reads_as_itself_and_names_its_schema() {
+    let board = board();
+    board.apply(&view(StateName::Protected));
+    let status = board.snapshot();
+    let read: Status = serde_json::from_str(&status.to_json()).unwrap();
+    assert_eq!(read.schema, "ft.status/1");
+    assert_eq!(read.state, StateName::Protected);
+    assert!(read.protected && read.armed);
+    assert!(status.to_json().contains("\"reason\":\"covered\""));
+    assert!(read.since.ends_with('Z'), "{}", read.since);
+}
+
+#[test]
+fn a_degraded_status_says_why_and_what_to_do() {
+    let board = board();
+    board.apply(&view(StateName::Protected));
+    assert_eq!(board.snapshot().headline(), "PROTECTED");
+    board.apply(&view(StateName::Solo));
+    let text = board.snapshot().to_table();
+    assert!(text.contains("DEGRADED (solo) - the backup went silent. Next: check the replication link"), "{text}");
+    assert!(text.contains("NOT armed") && text.contains("insecure_lab"), "{text}");
+    let fenced = View { owner: false, protected: false, ..view(StateName::Fenced) };
+    board.apply(&fenced);
+    let status = board.snapshot();
+    assert_eq!((status.headline(), status.role, status.counters.fenced), ("FENCED", NodeRole::Primary, 1));
+}
+
+#[test]
+fn escape_sequences_do_not_reach_the_terminal() {
+    let board = board();
+    board.update(|status| {
+        status.vm = "web\u{1b}[2J\n".into();
+        status.warnings.push("bad \u{7}\u{9b}31m".into());
+    });
+    let text = board.snapshot().to_table();
+    assert!(!text.contains(['\u{1b}', '\u{7}', '\u{9b}']), "{text:?}");
+}
+
+#[test]
+fn percentiles_and_buckets_of_known_durations() {
+    let board = board();
+    for micros in 1..=1000 {
+        board.observe(Timing::Pause, Duration::from_micros(micros));
+    }
+    let pause = board.snapshot().timings.pause;
+    assert_eq!(pause.count, 1000);
+    assert!((pause.p50_seconds - 0.0005).abs() < 0.00002, "{pause:?}");
+    assert!((pause.p99_seconds - 0.00099).abs() < 0.00002, "{pause:?}");
+    assert_eq!(pause.buckets.iter().sum::<u64>(), 1000);
+    assert!(pause.buckets[0].abs_diff(100) <= 1, "{pause:?}");
+}
+
+#[test]
+fn metrics_have_conventional_names_and_one_state_is_set() {
+    let board = board();
+    board.apply(&view(StateName::Protected));
+    board.observe(Timing::Pause, Duration::from_millis(2));
+    board.update(|status| {
+        status.counters.failovers.insert("takeover".into(), 1);
+        status.counters.protocol_errors.insert("malformed".into(), 3);
+    });
+    let text = board.snapshot().to_prometheus();
+    for line in [
+        "ft_protected 1",
+        "ft_failover_armed 1",
+        "ft_generation 7",
+        "ft_state{state=\"protected\"} 1",
+        "ft_state{state=\"solo\"} 0",
+        "ft_role{role=\"primary\"} 1",
+        "ft_epochs_total{result=\"committed\"} 0",
+        "ft_failovers_total{cause=\"takeover\"} 1",
+        "ft_protocol_errors_total{code=\"malformed\"} 3",
+        "ft_epoch_pause_seconds_bucket{le=\"0.0025\"} 1",
+        "ft_epoch_pause_seconds_bucket{le=\"+Inf\"} 1",
+        "ft_epoch_pause_seconds_count 1",
+    ] {
+        assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
+    }
+    assert_eq!(text.lines().filter(|line| line.starts_with("ft_state{") && line.ends_with(" 1")).count(), 1);
+}
+
+#[test]
+fn ages_grow_when_the_event_loop_stops() {
+    let board = board();
+    board.apply(&view(StateName::Protected));
+    let before = board.snapshot().arbiter.age_seconds.unwrap();
+    while board.idle_for() < Duration::from_millis(20) {
+        std::thread::yield_now();
+    }
+    assert!(board.snapshot().arbiter.age_seconds.unwrap() >= before + 0.019);
+}
