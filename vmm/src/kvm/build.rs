@@ -155,7 +155,7 @@ fn open_kvm() -> Result<Kvm, BuildError> {
     if u32::try_from(got) != Ok(KVM_API_VERSION) {
         return Err(BuildError::KvmVersion { got });
     }
-    const NEEDED: [(Cap, &str); 14] = [
+    const NEEDED: [(Cap, &str); 15] = [
         (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
         (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
         (Cap::Pit2, "KVM_CAP_PIT2"),
@@ -170,6 +170,7 @@ fn open_kvm() -> Result<Kvm, BuildError> {
         (Cap::Xcrs, "KVM_CAP_XCRS"),
         (Cap::AdjustClock, "KVM_CAP_ADJUST_CLOCK"),
         (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+        (Cap::SyncRegs, "KVM_CAP_SYNC_REGS"),
     ];
     match NEEDED.into_iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
         Some((_, name)) => Err(BuildError::MissingCapability(name)),

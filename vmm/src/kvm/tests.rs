@@ -68,6 +68,29 @@ fn capture_restore_capture_is_equal_but_for_time() {
     }
 }
 
+/// Registers come out of KVM_RUN's page: they must be what the calls of their own say.
+#[test]
+fn capture_reads_what_the_single_calls_read() {
+    if no_kvm() {
+        return;
+    }
+    use zerocopy::IntoBytes;
+    let (_first, sections, mut fresh) = ran_and_fresh(2);
+    fresh.machine.restore(&sections, ClockPolicy::ResumeFromCheckpoint).unwrap();
+    for vcpu in fresh.machine.resting() {
+        let fd = &vcpu.fd;
+        let singly = [
+            fd.get_regs().unwrap().as_bytes().to_vec(),
+            fd.get_sregs().unwrap().as_bytes().to_vec(),
+            fd.get_vcpu_events().unwrap().as_bytes().to_vec(),
+        ];
+        let together = vcpu.capture().unwrap().bytes;
+        for part in singly {
+            assert!(together.windows(part.len()).any(|w| w == part), "vCPU {}: {part:x?}", vcpu.index);
+        }
+    }
+}
+
 #[test]
 fn restored_machine_goes_on_where_the_first_stood() {
     if no_kvm() {

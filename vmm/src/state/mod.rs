@@ -5,8 +5,8 @@
 //! 1. The host side of devices is parked, then every vCPU leaves guest mode and completes its last exit. Only then is
 //!    anything read: completing an exit runs device code, which writes guest memory and raises interrupts.
 //! 2. Each vCPU, by its own thread: `MP_STATE` first (reading it may deliver an INIT or SIPI that waits in the LAPIC, which
-//!    changes registers and LAPIC), then registers, then LAPIC, then MSRs, `VCPU_EVENTS` last (an exception that an earlier
-//!    call left pending shows up there). These are the orders of Firecracker's `arch/x86_64/vcpu.rs`.
+//!    changes registers and LAPIC), then registers and events in one KVM_RUN, then LAPIC and MSRs, none of which changes what was
+//!    read before. (Firecracker's `arch/x86_64/vcpu.rs` has the same constraints.)
 //! 3. PIC, IOAPIC, PIT and the clock, by the thread that paused.
 //! 4. Serial port and virtio devices, which nobody runs now.
 //! 5. The dirty log, after all of that (by [`crate::PausedVm`]): any of the calls above may write guest memory.

@@ -3,9 +3,9 @@
 use kvm_bindings::{
     KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_SIPI_RECEIVED,
     KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
-    kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    kvm_sync_regs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
-use kvm_ioctls::VcpuFd;
+use kvm_ioctls::{SyncReg, VcpuFd};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::codec::{Decoder, Encoder, Malformed, Saved};
@@ -80,16 +80,14 @@ impl Saved for VcpuStateV1 {
 
 impl VcpuStateV1 {
     /// Reads the state. `buffer` holds one entry for each MSR of the machine's list and is reused from capture to capture.
-    pub(crate) fn capture(fd: &VcpuFd, tsc_khz: u32, buffer: &mut Msrs) -> Result<Self, CaptureError> {
+    pub(crate) fn capture(fd: &mut VcpuFd, tsc_khz: u32, buffer: &mut Msrs) -> Result<Self, CaptureError> {
         let mp_state = fd.get_mp_state().map_err(host_capture("vCPU, KVM_GET_MP_STATE"))?;
-        let regs = fd.get_regs().map_err(host_capture("vCPU, KVM_GET_REGS"))?;
-        let sregs = fd.get_sregs().map_err(host_capture("vCPU, KVM_GET_SREGS"))?;
+        let kvm_sync_regs { regs, sregs, events } = read_registers(fd)?;
         let xsave = fd.get_xsave().map_err(host_capture("vCPU, KVM_GET_XSAVE"))?;
         let xcrs = fd.get_xcrs().map_err(host_capture("vCPU, KVM_GET_XCRS"))?;
         let debug_regs = fd.get_debug_regs().map_err(host_capture("vCPU, KVM_GET_DEBUGREGS"))?;
         let lapic = fd.get_lapic().map_err(host_capture("vCPU, KVM_GET_LAPIC"))?;
         let msrs = read_msrs(fd, buffer)?;
-        let events = fd.get_vcpu_events().map_err(host_capture("vCPU, KVM_GET_VCPU_EVENTS"))?;
         Ok(Self { mp_state, tsc_khz, regs, sregs, xsave, xcrs, debug_regs, lapic, events, msrs })
     }
 
@@ -181,6 +179,25 @@ pub(crate) fn supported_msrs(fd: &VcpuFd, listed: &[u32]) -> Vec<u32> {
         fd.get_msrs(&mut one).is_ok_and(|n| n == 1) && fd.set_msrs(&one).is_ok_and(|n| n == 1)
     };
     listed.iter().filter(accepted).copied().take(usize::from(MAX_MSRS)).collect()
+}
+
+/// Registers, system registers and events in one call: KVM_RUN leaves them in the shared page, and with `immediate_exit` it does nothing
+/// else to a vCPU whose last exit is completed. Each call of its own costs about as much as this one.
+fn read_registers(fd: &mut VcpuFd) -> Result<kvm_sync_regs, CaptureError> {
+    const WANTED: [SyncReg; 3] = [SyncReg::Register, SyncReg::SystemRegister, SyncReg::VcpuEvents];
+    WANTED.into_iter().for_each(|reg| fd.set_sync_valid_reg(reg));
+    // Whoever lets the vCPU run clears the flag first.
+    fd.set_kvm_immediate_exit(1);
+    let answer = fd.run().map(|exit| format!("{exit:?}"));
+    WANTED.into_iter().for_each(|reg| fd.clear_sync_valid_reg(reg));
+    match answer {
+        Err(error) if error.errno() == libc::EINTR => Ok(fd.sync_regs()),
+        Err(error) => Err(host_capture("vCPU, KVM_RUN for its registers")(error)),
+        Ok(exit) => Err(CaptureError::Host {
+            what: format!("vCPU, KVM_RUN for its registers: {exit}"),
+            source: std::io::ErrorKind::ResourceBusy.into(),
+        }),
+    }
 }
 
 fn read_msrs(fd: &VcpuFd, buffer: &mut Msrs) -> Result<Vec<(u32, u64)>, CaptureError> {

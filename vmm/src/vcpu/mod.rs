@@ -68,7 +68,7 @@ impl Vcpu {
 
     /// Reads the state, encoded.
     pub(crate) fn capture(&mut self) -> Result<Section, CaptureError> {
-        let state = VcpuStateV1::capture(&self.fd, self.tsc_khz, &mut self.msrs)?;
+        let state = VcpuStateV1::capture(&mut self.fd, self.tsc_khz, &mut self.msrs)?;
         Ok(state.to_section(SectionKind::vcpu(self.index)))
     }
 
@@ -356,15 +356,17 @@ impl Runner {
             // Running. The flag is cleared before the order is looked at again: who stops gives the order first and sets the flag
             // then, so either the order is seen here or the flag stays set.
             self.immediate_exit.set(false);
+            let mut drained = false;
             while self.shared.order() == Order::Run {
-                if let Err(event) = self.step() {
-                    return self.finish(event);
+                match self.step() {
+                    Ok(interrupted) => drained = interrupted,
+                    Err(event) => return self.finish(event),
                 }
             }
             if self.shared.order() == Order::End {
                 return;
             }
-            if let Err(event) = self.stop() {
+            if let Err(event) = self.stop(drained) {
                 return self.finish(event);
             }
         }
@@ -390,10 +392,12 @@ impl Runner {
         }
     }
 
-    /// Completes exits, meets the others, reads the state.
-    fn stop(&mut self) -> Result<(), MachineEvent> {
+    /// Completes exits unless KVM_RUN was interrupted last (`drained`), which leaves none; meets the others, reads the state.
+    fn stop(&mut self, mut drained: bool) -> Result<(), MachineEvent> {
         self.immediate_exit.set(true);
-        while !self.step()? {}
+        while !drained {
+            drained = self.step()?;
+        }
         self.shared.drained.fetch_add(1, Ordering::SeqCst);
         // The exit that another vCPU still completes may raise an interrupt in this one's LAPIC.
         let all_drained = || self.shared.drained.load(Ordering::SeqCst) == self.shared.vcpus;
