@@ -420,6 +420,8 @@ impl Vcpu {
                     break;
                 }
             }
+            // Time that passed while the program slept has passed: a checkpoint every few milliseconds must not stop its clock.
+            self.shared.program().pass_time(guest_now());
         }
         Ok(None)
     }

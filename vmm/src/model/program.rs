@@ -90,7 +90,7 @@ impl ModelProgram {
         self.registers = self.boot.clone();
     }
 
-    /// Guest time in nanoseconds: that of the last step.
+    /// Guest time in nanoseconds: that of the last step or [`ModelProgram::pass_time`].
     pub fn now(&self) -> u64 {
         self.registers.now
     }
@@ -111,10 +111,16 @@ impl ModelProgram {
         Ok(())
     }
 
+    /// Moves guest time to `now` in nanoseconds and does nothing else: the program slept until then, and is about to be
+    /// captured. An earlier time than that of the last step changes nothing.
+    pub fn pass_time(&mut self, now: u64) {
+        self.registers.now = self.registers.now.max(now.min(LAST_TIME));
+    }
+
     /// Runs the program once: `inbound` are the Ethernet frames that arrived, `now` is guest time in nanoseconds (an earlier
     /// time than that of the last step counts as that one: guest time never runs backwards).
     pub fn step(&mut self, now: u64, inbound: &[Vec<u8>]) -> Step {
-        self.registers.now = self.registers.now.max(now.min(LAST_TIME));
+        self.pass_time(now);
         let mut step = Step::default();
         if let Err(Fault(reason)) = self.try_step(inbound, &mut step) {
             step.end = Some(End::Crashed(reason.into()));

@@ -409,12 +409,14 @@ impl<'a> Store<'a> {
 
     fn element(&self, address: u64) -> Result<Element, Fault> {
         self.check_block(address, LEAST)?;
-        let [next, previous, length, class] = [0, 8, 16, 20].map(|at| self.bus.u64(address + at));
-        let (length, class) = (length? & 0xffff_ffff, class? & 0xff);
-        let (Ok(length), Ok(class)) = (u32::try_from(length), u8::try_from(class)) else { return Err(BAD_ENTRY) };
+        let header: [u8; HEADER_LENGTH] = self.bus.array(address)?;
+        let [n0, n1, n2, n3, n4, n5, n6, n7, p0, p1, p2, p3, p4, p5, p6, p7, l0, l1, l2, l3, class, ..] = header;
+        let next = u64::from_le_bytes([n0, n1, n2, n3, n4, n5, n6, n7]);
+        let previous = u64::from_le_bytes([p0, p1, p2, p3, p4, p5, p6, p7]);
+        let length = u32::from_le_bytes([l0, l1, l2, l3]);
         self.check_block(address, class)?;
         let fits = HEADER + u64::from(length) <= 1 << class && length as usize <= MAX_VALUE;
-        if fits { Ok(Element { address, next: next?, previous: previous?, length, class }) } else { Err(BAD_ENTRY) }
+        if fits { Ok(Element { address, next, previous, length, class }) } else { Err(BAD_ENTRY) }
     }
 
     /// Appends to a list, at its front or its end; its new length.
