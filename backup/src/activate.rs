@@ -96,11 +96,8 @@ pub fn activate(
         machine.queue_inbound(nic, frames);
     }
     // 7. Run, on the strength of the permit. Queues count as kicked, pending interrupts are raised again.
-    let parts = EpochParts {
-        gate: Arc::clone(&host.gate),
-        arena: Arc::clone(&host.arena),
-        metrics: Arc::clone(&host.metrics),
-    };
+    let parts =
+        EpochParts { gate: Arc::clone(&host.gate), arena: Arc::clone(&host.arena), metrics: Arc::clone(&host.metrics) };
     let runner = Runner::start(machine, parts, epoch, host.config.epoch.interval, host.clock, tell)?;
     runner.run(permit)?;
     Ok(Activated { runner, epoch, resent: held.frames.len(), took: began.elapsed() })

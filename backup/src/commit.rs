@@ -182,11 +182,7 @@ impl Commits {
             (CheckpointKind::Delta, Holding::Whole(last)) => last.checked_next() == Some(arrived.epoch()),
             (CheckpointKind::Base, Holding::Whole(_)) | (CheckpointKind::Delta, Holding::Hollow) => false,
         };
-        if follows {
-            Ok(())
-        } else {
-            Err(CommitError::NotConsecutive { got: arrived.epoch(), last: self.holding })
-        }
+        if follows { Ok(()) } else { Err(CommitError::NotConsecutive { got: arrived.epoch(), last: self.holding }) }
     }
 }
 

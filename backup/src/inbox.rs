@@ -1,9 +1,9 @@
 //! The incomplete epoch: what has arrived of a checkpoint and is not committed. The standby never sees any of it. Pure.
 
 use bytes::Bytes;
+use replication_proto::CheckpointKind;
 use replication_proto::{CheckpointDigest, EpochDigest};
 use replication_proto::{Epoch, PageIndex};
-use replication_proto::CheckpointKind;
 use vmm::{Section, SectionKind};
 
 /// Pages as they arrived in one message.

@@ -13,10 +13,10 @@ use bytes::Bytes;
 use mio::net::{TcpListener, TcpStream};
 use mio::{Events, Interest, Poll, Registry, Token, Waker};
 use primary::clock::Clock;
-use replication_proto::LinkError;
 use replication_proto::Greeting;
-use replication_proto::{Epoch, Generation, Identity};
+use replication_proto::LinkError;
 use replication_proto::{Channel, CheckpointKind, GoodbyeReason, RefuseCode};
+use replication_proto::{Epoch, Generation, Identity};
 use replication_proto::{Receiver, ReceiverConfig, ReceiverEvent};
 
 use crate::commit::{CommitError, Commits, Holding};

@@ -8,8 +8,8 @@ use backup::wait::Waiter;
 use clap::Parser;
 use failover::config::PairConfig;
 use failover::decide::Role;
-use primary::clock::Clock;
-use primary::setup::{SetupError, build_machine, open_host};
+use failover::status::NodeRole;
+use primary::setup::{Process, SetupError, build_machine, open_host};
 
 /// Keeps a warm copy of a protected guest on this host.
 #[derive(Parser)]
@@ -27,7 +27,9 @@ struct Args {
 }
 
 fn main() -> ExitCode {
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info")).format_timestamp_micros().init();
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info"))
+        .format_timestamp_micros()
+        .init();
     match run(&Args::parse()) {
         Ok(code) => ExitCode::from(code.number()),
         Err(error) => {
@@ -41,10 +43,9 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> Result<failover::exit::ExitCode, SetupError> {
     let config = PairConfig::load(&args.config)?;
     let node = config.pick(&args.node)?;
-    let section = config.node(&node).expect("picked from this configuration").clone();
-    let clock = Clock::start();
-    let built = build_machine(&config, &section, clock)?;
+    let process = Process::begin(&config, node, NodeRole::Backup)?;
+    let built = build_machine(&config, &process)?;
     let role = if args.may_boot { Role::Primary } else { Role::Backup };
-    let host = open_host(config, &node, role, clock, &built)?;
+    let host = open_host(config, process, role, &built)?;
     Ok(Waiter::start(host, Standby::new(built.machine), built.ports)?.run())
 }

@@ -47,7 +47,8 @@ fn keep_newest(ports: &[Arc<dyn FramePort>], stop: &OwnedFd) -> Vec<VecDeque<Vec
     let mut kept = vec![VecDeque::new(); ports.len()];
     let mut buffer = vec![0; FRAME_BYTES_MAX];
     loop {
-        let mut fds: Vec<PollFd<'_>> = ports.iter().map(|p| PollFd::from_borrowed_fd(p.as_fd(), PollFlags::IN)).collect();
+        let mut fds: Vec<PollFd<'_>> =
+            ports.iter().map(|p| PollFd::from_borrowed_fd(p.as_fd(), PollFlags::IN)).collect();
         fds.push(PollFd::new(stop, PollFlags::IN));
         match poll(&mut fds, None) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}

@@ -63,7 +63,8 @@ impl Standby {
     pub fn start_applier(&self, applied: impl Fn(usize) + Send + 'static) -> io::Result<(Applier, ApplierThread)> {
         let (jobs, inbox) = bounded(PIECES_WAITING_MAX);
         let ram = Arc::clone(self.machine.ram());
-        let handle = std::thread::Builder::new().name("ft-apply".into()).spawn(move || apply_all(&ram, &inbox, &applied))?;
+        let handle =
+            std::thread::Builder::new().name("ft-apply".into()).spawn(move || apply_all(&ram, &inbox, &applied))?;
         Ok((Applier { jobs }, ApplierThread { handle }))
     }
 

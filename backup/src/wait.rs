@@ -141,7 +141,7 @@ impl Waiter {
                 answer.map(|done| vec![self.host.input_of(HostEvent::Arbiter(done))]).unwrap_or_default()
             }
             recv(control) -> request => {
-                request.map(|(ticket, c)| vec![self.host.input_of(HostEvent::Control(ticket, c))]).unwrap_or_default()
+                request.map(|request| vec![self.host.input_of(HostEvent::Control(request))]).unwrap_or_default()
             }
             default(wait.min(STATUS_INTERVAL)) => Vec::new(),
         };
@@ -153,7 +153,7 @@ impl Waiter {
         actions.extend(self.host.decide(Input::Tick));
         self.ask_if_due();
         self.link.raise_generation(self.host.identity().generation);
-        self.host.refresh_status(self.committed, self.owner.is_some());
+        self.host.refresh_status(self.committed, self.committed, self.owner.is_some());
         actions
     }
 
@@ -211,7 +211,9 @@ impl Waiter {
                 self.owner = None;
                 let loss = match end {
                     LinkEnd::EndOfFile | LinkEnd::Io(_) => LinkLoss::PeerClosed,
-                    LinkEnd::Protocol(_) | LinkEnd::Commit(_) | LinkEnd::Inbox(_) | LinkEnd::Displaced => LinkLoss::Local,
+                    LinkEnd::Protocol(_) | LinkEnd::Commit(_) | LinkEnd::Inbox(_) | LinkEnd::Displaced => {
+                        LinkLoss::Local
+                    }
                 };
                 vec![Input::LinkLost(loss)]
             }

@@ -5,13 +5,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use failover::config::{NodeSection, PairConfig};
+use failover::config::PairConfig;
 use failover::exit::ExitCode;
 use failover::generation::StateDir;
+use failover::status::NodeRole;
+use replication_proto::NodeName;
 use vmm::MachineEvent;
 
-use crate::clock::Clock;
-use crate::setup::{Built, SetupError, build_machine};
+use crate::setup::{Built, Process, SetupError, build_machine};
 
 /// How often a signal is looked for.
 const SIGNAL_INTERVAL: Duration = Duration::from_millis(50);
@@ -20,10 +21,12 @@ const SIGNAL_INTERVAL: Duration = Duration::from_millis(50);
 ///
 /// # Errors
 /// See [`SetupError`].
-pub fn run_alone(config: &PairConfig, node: &NodeSection) -> Result<ExitCode, SetupError> {
+pub fn run_alone(config: &PairConfig, node: NodeName) -> Result<ExitCode, SetupError> {
     let host = |what| move |source| SetupError::Host { what, source };
-    let _lock = StateDir::open(&node.state_dir, config.vm.id)?;
-    let Built { mut machine, gate, .. } = build_machine(config, node, Clock::start())?;
+    let section = config.node(&node).expect("picked from this configuration");
+    let _lock = StateDir::open(&section.state_dir, config.vm.id)?;
+    let process = Process::begin(config, node, NodeRole::Primary)?;
+    let Built { mut machine, gate, .. } = build_machine(config, &process)?;
     let terminate = Arc::new(AtomicBool::new(false));
     for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {
         signal_hook::flag::register(signal, Arc::clone(&terminate)).map_err(host("the signal handlers"))?;

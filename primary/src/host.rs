@@ -8,13 +8,14 @@ use std::time::Duration;
 use crossbeam::channel::Receiver;
 use failover::arbiter::{ArbiterThread, Completed, NodeRef};
 use failover::config::PairConfig;
-use failover::decide::{Action, Command, Core, GoodbyeReason, Input, PeerReport, StateName, Ticket};
+use failover::control::ControlRequest;
+use failover::decide::{Action, Command, Core, GoodbyeReason, Input, PeerReport, StateName};
 use failover::exit::ExitCode;
 use failover::generation::StateDir;
 use replication_proto::{Epoch, Facts, HeartbeatBody, Identity, NodeName, RamLayout, Refuse, SenderConfig};
 
 use crate::clock::Clock;
-use crate::desk::Desk;
+use crate::desk::{Desk, Scene};
 use crate::events::{Event, EventFile, monotonic_us};
 use crate::link::LinkLimits;
 use crate::metrics::Metrics;
@@ -78,7 +79,7 @@ pub enum HostEvent {
     /// The arbiter answered.
     Arbiter(Completed),
     /// An operator asks.
-    Control(Ticket, Command),
+    Control(ControlRequest),
 }
 
 impl Host {
@@ -128,7 +129,7 @@ impl Host {
     }
 
     /// Where operators' commands arrive.
-    pub fn control_requests(&self) -> &Receiver<(Ticket, Command)> {
+    pub fn control_requests(&self) -> &Receiver<ControlRequest> {
         self.desk.requests()
     }
 
@@ -149,7 +150,10 @@ impl Host {
                 self.desk.arbiter_took(took);
                 Input::Arbiter { op, answer }
             }
-            HostEvent::Control(ticket, command) => Input::Command { ticket, command },
+            HostEvent::Control(request) => {
+                let (ticket, command) = self.desk.admit(request);
+                Input::Command { ticket, command }
+            }
         }
     }
 
@@ -182,6 +186,7 @@ impl Host {
             Action::Reply { ticket, outcome } => self.desk.reply(ticket, outcome),
             Action::Announce { from, to, reason, generation } => {
                 self.note_suspicion(to);
+                self.desk.progress(&format!("{} → {}: {}", from.word(), to.word(), reason.text()));
                 let (from, to, reason) = (from.word(), to.word(), reason.code());
                 self.events.write(&Event::State { from, to, reason, generation, epoch: committed });
             }
@@ -235,8 +240,8 @@ impl Host {
         }
     }
 
-    /// Brings heartbeats and the status up to date. `committed`: the last committed epoch.
-    pub fn refresh_status(&mut self, committed: Epoch, connected: bool) {
+    /// Brings heartbeats and the status up to date. `committed`: the last committed epoch, `ended`: the last that was begun to be sent.
+    pub fn refresh_status(&mut self, committed: Epoch, ended: Epoch, connected: bool) {
         let view = self.core.view(self.clock.now());
         let mut voice = self.voice.lock().unwrap_or_else(PoisonError::into_inner);
         voice.generation = view.generation;
@@ -247,7 +252,17 @@ impl Host {
             arbiter_ok_ms: view.arbiter_age.map(|age| u32::try_from(age.as_millis()).unwrap_or(u32::MAX)),
         };
         drop(voice);
-        self.desk.show(&view, self.clock.now(), committed, connected, &self.link_note, &self.gate, &self.arena, &self.metrics);
+        let scene = Scene {
+            committed,
+            ended,
+            connected,
+            link: &self.link_note,
+            peer: self.peer_address().to_string(),
+            arbiter: self.arbiter.describe(),
+            gate: &self.gate,
+            metrics: &self.metrics,
+        };
+        self.desk.show(&view, &scene);
     }
 }
 

@@ -13,8 +13,8 @@ use bytes::Bytes;
 use crossbeam::channel::{Receiver, Sender, TryRecvError, unbounded};
 use mio::{Events, Interest, Poll, Token, Waker};
 use replication_proto::LinkError;
-use replication_proto::{Epoch, Generation, Identity};
 use replication_proto::{CheckpointKind, GoodbyeReason, Refuse};
+use replication_proto::{Epoch, Generation, Identity};
 use replication_proto::{Sender as Protocol, SenderConfig, SenderEvent};
 use vmm::DirtySet;
 
@@ -262,9 +262,6 @@ impl LinkThread {
         let end = match self.drive() {
             Ok(end) | Err(end) => end,
         };
-        if matches!(end, LinkEnd::Protocol(_)) {
-            self.metrics.protocol_errors.fetch_add(1, Ordering::Relaxed);
-        }
         let given_up = u64::try_from(self.in_flight.len()).unwrap_or(u64::MAX);
         self.metrics.epochs_aborted.fetch_add(given_up, Ordering::Relaxed);
         // Nobody may wait for a link that is gone, and every set that was not acknowledged goes back to the ledger first.
@@ -334,7 +331,7 @@ impl LinkThread {
         while self.in_flight.front().is_some_and(|first| first.epoch <= epoch) {
             if let Some(done) = self.in_flight.pop_front() {
                 done.dirty.retire();
-                self.metrics.committed(done.resumed.elapsed());
+                self.metrics.committed(done.epoch, done.resumed.elapsed());
                 *self.shared.lock() -= 1;
             }
         }
@@ -352,7 +349,7 @@ impl LinkThread {
             }
             match self.stream.write(&self.writing) {
                 Ok(n) => {
-                    self.metrics.bytes_sent.fetch_add(u64::try_from(n).unwrap_or(0), Ordering::Relaxed);
+                    self.metrics.wire_bytes.fetch_add(u64::try_from(n).unwrap_or(0), Ordering::Relaxed);
                     drop(self.writing.split_to(n));
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(false),
@@ -384,7 +381,7 @@ impl LinkThread {
 
     fn encode_pages(&mut self, pages: &StagedPages) -> Result<(), LinkEnd> {
         self.protocol.pages(&pages.indexes, pages.bytes())?;
-        self.metrics.pages_sent.fetch_add(u64::try_from(pages.len()).unwrap_or(0), Ordering::Relaxed);
+        self.metrics.raw_bytes.fetch_add(u64::try_from(pages.bytes().len()).unwrap_or(0), Ordering::Relaxed);
         Ok(())
     }
 

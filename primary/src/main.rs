@@ -9,13 +9,13 @@ use clap::Parser;
 use crossbeam::channel::unbounded;
 use failover::config::PairConfig;
 use failover::decide::Role;
+use failover::status::NodeRole;
 use primary::alone::run_alone;
-use primary::clock::Clock;
 use primary::epoch::EpochParts;
 use primary::host::Host;
 use primary::owner::{Owner, OwnerEvent};
 use primary::runner::Runner;
-use primary::setup::{SetupError, build_machine, open_host};
+use primary::setup::{Process, SetupError, build_machine, open_host};
 use primary::start::{Start, await_start};
 use replication_proto::Epoch;
 
@@ -35,12 +35,15 @@ struct Args {
 }
 
 fn main() -> ExitCode {
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info")).format_timestamp_micros().init();
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info"))
+        .format_timestamp_micros()
+        .init();
     match run(&Args::parse()) {
         Ok(code) => ExitCode::from(code.number()),
         Err(error) => {
             eprintln!("ft-primary: {error:#}");
-            let code = error.downcast_ref::<SetupError>().map_or(failover::exit::ExitCode::Failure, SetupError::exit_code);
+            let code =
+                error.downcast_ref::<SetupError>().map_or(failover::exit::ExitCode::Failure, SetupError::exit_code);
             ExitCode::from(code.number())
         }
     }
@@ -49,15 +52,14 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> anyhow::Result<failover::exit::ExitCode> {
     let config = PairConfig::load(&args.config).map_err(SetupError::from)?;
     let node = config.pick(&args.node).map_err(SetupError::from)?;
-    let section = config.node(&node).expect("picked from this configuration").clone();
     if args.alone {
-        return Ok(run_alone(&config, &section)?);
+        return Ok(run_alone(&config, node)?);
     }
-    let clock = Clock::start();
+    let process = Process::begin(&config, node, NodeRole::Primary)?;
     // Built and loaded before the arbiter is asked: what is wrong here should not cost anybody a generation.
-    let mut built = build_machine(&config, &section, clock)?;
+    let mut built = build_machine(&config, &process)?;
     built.machine.load().map_err(SetupError::from)?;
-    let mut host = open_host(config, &node, Role::Primary, clock, &built)?;
+    let mut host = open_host(config, process, Role::Primary, &built)?;
     let (permit, pending) = match await_start(&mut host) {
         Start::Boot(permit, pending) => (permit, pending),
         Start::OfferAsBackup => return become_backup(args, host),
@@ -89,12 +91,7 @@ fn become_backup(args: &Args, host: Host) -> anyhow::Result<failover::exit::Exit
     log::info!("the record does not let this node boot the guest: it offers itself as the backup");
     drop(host);
     let program = std::env::current_exe().context("where this program is")?.with_file_name("ft-backup");
-    let error = Command::new(&program)
-        .arg("--config")
-        .arg(&args.config)
-        .arg("--node")
-        .arg(&args.node)
-        .arg("--may-boot")
-        .exec();
+    let error =
+        Command::new(&program).arg("--config").arg(&args.config).arg("--node").arg(&args.node).arg("--may-boot").exec();
     Err(error).with_context(|| format!("cannot become {}", program.display()))
 }

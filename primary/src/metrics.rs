@@ -1,106 +1,71 @@
-//! What the pair measures about itself.
+//! What a side that runs the guest measures about itself. Durations go to the status board; counters are kept here.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use hdrhistogram::Histogram;
+use failover::status::{Counters, StatusBoard, Timing};
+use replication_proto::Epoch;
 use vmm::PauseTimings;
 
-/// p50, p99 and the largest of a distribution, and how many samples it has.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Summary {
-    /// Number of samples.
-    pub count: u64,
-    /// Median.
-    pub p50: Duration,
-    /// 99th percentile.
-    pub p99: Duration,
-    /// Largest.
-    pub max: Duration,
-}
-
-/// A distribution of durations, in microseconds, three significant digits.
+/// Counters of a side, and the way to its status board.
 #[derive(Debug)]
-pub struct Distribution {
-    histogram: Mutex<Histogram<u64>>,
-}
-
-/// Longest duration told apart; longer ones count as this.
-const LONGEST_US: u64 = 600_000_000;
-
-impl Default for Distribution {
-    fn default() -> Self {
-        let histogram = Histogram::new_with_max(LONGEST_US, 3).expect("bounds of a histogram are constants");
-        Self { histogram: Mutex::new(histogram) }
-    }
-}
-
-impl Distribution {
-    /// Adds a sample.
-    pub fn record(&self, sample: Duration) {
-        let us = u64::try_from(sample.as_micros()).unwrap_or(LONGEST_US);
-        self.histogram.lock().unwrap_or_else(PoisonError::into_inner).saturating_record(us);
-    }
-
-    /// The figures so far.
-    pub fn summary(&self) -> Summary {
-        let h = self.histogram.lock().unwrap_or_else(PoisonError::into_inner);
-        let at = |q| Duration::from_micros(h.value_at_quantile(q));
-        Summary { count: h.len(), p50: at(0.5), p99: at(0.99), max: Duration::from_micros(h.max()) }
-    }
-}
-
-/// Counters and distributions of a side that runs the guest.
-#[derive(Debug, Default)]
 pub struct Metrics {
-    /// From the start of a pause until the guest runs again.
-    pub pause: Distribution,
-    /// Parking devices and stopping vCPUs.
-    pub pause_stop: Distribution,
-    /// Reading vCPU and device state.
-    pub pause_capture: Distribution,
-    /// Reading the dirty log.
-    pub pause_dirty: Distribution,
-    /// Copying pages out.
-    pub pause_stage: Distribution,
-    /// From the end of a pause until the backup's acknowledgement.
-    pub commit: Distribution,
-    /// How long outputs waited.
-    pub hold: Distribution,
-    /// Checkpoints committed.
-    pub epochs_committed: AtomicU64,
+    board: StatusBoard,
     /// Checkpoints that were begun and given up.
     pub epochs_aborted: AtomicU64,
-    /// Pages sent, the base included.
-    pub pages_sent: AtomicU64,
+    /// Bytes of pages handed to the encoder, the base included.
+    pub raw_bytes: AtomicU64,
     /// Bytes on the wire.
-    pub bytes_sent: AtomicU64,
+    pub wire_bytes: AtomicU64,
     /// Pages in the last checkpoint.
-    pub last_dirty_pages: AtomicU64,
-    /// Connections that ended with a protocol error.
-    pub protocol_errors: AtomicU64,
+    last_dirty_pages: AtomicU64,
 }
 
 impl Metrics {
-    /// An output left after waiting this long.
-    pub fn output_held(&self, held: Duration) {
-        self.hold.record(held);
+    /// Nothing measured yet.
+    pub fn new(board: StatusBoard) -> Self {
+        Self {
+            board,
+            epochs_aborted: AtomicU64::new(0),
+            raw_bytes: AtomicU64::new(0),
+            wire_bytes: AtomicU64::new(0),
+            last_dirty_pages: AtomicU64::new(0),
+        }
     }
 
-    /// A pause ended.
+    /// An output left after waiting this long.
+    pub fn output_held(&self, held: Duration) {
+        self.board.observe(Timing::OutputHold, held);
+    }
+
+    /// A pause ended. The parts go to the log at debug level: the benchmark binary measures them properly.
     pub fn paused(&self, whole: Duration, parts: PauseTimings, stage: Duration, pages: usize) {
-        self.pause.record(whole);
-        self.pause_stop.record(parts.stop.quiesce + parts.stop.kick);
-        self.pause_capture.record(parts.capture);
-        self.pause_dirty.record(parts.dirty);
-        self.pause_stage.record(stage);
+        self.board.observe(Timing::Pause, whole);
+        log::trace!("pause {whole:?}: {parts:?}, stage {stage:?}, {pages} pages");
         self.last_dirty_pages.store(u64::try_from(pages).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 
-    /// A checkpoint was committed this long after its pause ended.
-    pub fn committed(&self, after: Duration) {
-        self.commit.record(after);
-        self.epochs_committed.fetch_add(1, Ordering::Relaxed);
+    /// A checkpoint was handed to the socket this long after its pause ended.
+    pub fn transferred(&self, after: Duration) {
+        self.board.observe(Timing::Transfer, after);
+    }
+
+    /// A checkpoint was committed this long after it was handed to the socket.
+    pub fn committed(&self, epoch: Epoch, after: Duration) {
+        self.board.observe(Timing::Ack, after);
+        self.board.committed(epoch.0);
+    }
+
+    /// A takeover lasted this long, from the evidence to the guest running.
+    pub fn took_over(&self, took: Duration) {
+        self.board.observe(Timing::Failover, took);
+    }
+
+    /// Writes the counters into a status.
+    pub fn fill(&self, counters: &mut Counters) {
+        counters.epochs_aborted = self.epochs_aborted.load(Ordering::Relaxed);
+        counters.dirty_pages = self.last_dirty_pages.load(Ordering::Relaxed);
+        counters.replication_raw_bytes = self.raw_bytes.load(Ordering::Relaxed);
+        counters.replication_wire_bytes = self.wire_bytes.load(Ordering::Relaxed);
     }
 }

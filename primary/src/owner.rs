@@ -11,8 +11,8 @@ use crossbeam::channel::{Receiver, Sender, never, select};
 use failover::arbiter::NodeRef;
 use failover::decide::{Action, FenceReason, GoodbyeReason, GuestEnd, Input, LinkLoss};
 use failover::exit::ExitCode;
-use replication_proto::{Epoch, Identity};
 use replication_proto::Pulse;
+use replication_proto::{Epoch, Identity};
 use vmm::MachineEvent;
 
 use crate::dial::{self, Streams};
@@ -112,7 +112,7 @@ impl Owner {
                 }
             },
             recv(arbiter) -> answer => self.on_host(answer.ok().map(HostEvent::Arbiter)),
-            recv(control) -> request => self.on_host(request.ok().map(|(ticket, c)| HostEvent::Control(ticket, c))),
+            recv(control) -> request => self.on_host(request.ok().map(HostEvent::Control)),
             default(wait.min(STATUS_INTERVAL)) => Flow::GoOn,
         };
         if let Flow::Exit(_) = flow {
@@ -172,10 +172,17 @@ impl Owner {
     fn connect(&mut self, session: Session, streams: Streams) -> io::Result<Connections> {
         let (tell_link, tell_pulse) = (self.tell.clone(), self.tell.clone());
         let pulse = Pulse::new(self.host.identity(), self.host.config.timers.heartbeat, self.host.clock.now());
-        let pulse = pulse::start(streams.heartbeat, pulse, &[], Arc::clone(&self.host.voice), self.host.clock, move |report| {
-            // The owner may have ended.
-            tell_pulse.send(OwnerEvent::Pulse(session, report)).ok();
-        })?;
+        let pulse = pulse::start(
+            streams.heartbeat,
+            pulse,
+            &[],
+            Arc::clone(&self.host.voice),
+            self.host.clock,
+            move |report| {
+                // The owner may have ended.
+                tell_pulse.send(OwnerEvent::Pulse(session, report)).ok();
+            },
+        )?;
         let (link, thread) = Link::start(
             streams.data,
             self.host.sender_config(),
@@ -218,6 +225,9 @@ impl Owner {
             }
             LinkEvent::Closed(end) => {
                 self.host.note_link(&end.to_string());
+                if let LinkEnd::Protocol(error) = &end {
+                    self.host.desk.protocol_error(error.code());
+                }
                 let loss = match end {
                     LinkEnd::EndOfFile | LinkEnd::Io(_) => LinkLoss::PeerClosed,
                     LinkEnd::Closed | LinkEnd::Protocol(_) => LinkLoss::Local,
@@ -436,12 +446,14 @@ impl Owner {
     }
 
     fn refresh_status(&mut self) {
-        self.host.refresh_status(self.committed, self.connections.is_some());
+        let ended = self.runner.last_epoch().max(self.committed);
+        self.host.refresh_status(self.committed, ended, self.connections.is_some());
     }
 
     /// Ends in order: what was said on the link is on its way, the machine's threads are gone.
     fn end(mut self, code: ExitCode) -> ExitCode {
         self.refresh_status();
+        self.host.desk.ending();
         if let Some(connections) = self.connections.take() {
             if connections.leaving {
                 self.await_last_words(connections.session);

@@ -200,10 +200,7 @@ mod tests {
     fn in_base() -> Protect {
         let mut p = Protect::new(SEC, Epoch(41));
         assert_eq!(p.tick(Duration::ZERO), Some(Step::Dial(Session(1))));
-        assert_eq!(
-            p.accepted(Session(1), backup()),
-            Some(Step::Decide(Input::BackupJoined { backup: backup() }))
-        );
+        assert_eq!(p.accepted(Session(1), backup()), Some(Step::Decide(Input::BackupJoined { backup: backup() })));
         assert_eq!(p.start_base(&backup()), Some(Step::SendBase { session: Session(1), first: Epoch(42) }));
         p
     }

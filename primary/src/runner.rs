@@ -2,6 +2,8 @@
 //! while protected, ends an epoch whenever the pacer says so.
 
 use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -45,6 +47,7 @@ enum Command {
 pub struct Runner {
     commands: Sender<Command>,
     thread: Option<JoinHandle<()>>,
+    last_epoch: Arc<AtomicU64>,
 }
 
 /// The runner's thread is gone; it only ever ends on [`Runner::shut_down`] or by a bug.
@@ -66,6 +69,7 @@ impl Runner {
         tell: impl Fn(RunnerEvent) + Send + 'static,
     ) -> io::Result<Self> {
         let (commands, inbox) = unbounded();
+        let last_epoch = Arc::new(AtomicU64::new(last.0));
         let state = RunnerThread {
             machine,
             parts,
@@ -74,11 +78,12 @@ impl Runner {
             tell: Box::new(tell),
             commands: inbox,
             last,
+            shown: Arc::clone(&last_epoch),
             permit: None,
             stopped: true,
         };
         let thread = std::thread::Builder::new().name("ft-epoch".into()).spawn(move || state.idle())?;
-        Ok(Self { commands, thread: Some(thread) })
+        Ok(Self { commands, thread: Some(thread), last_epoch })
     }
 
     /// Runs the guest for the first time in this process. The runner keeps the permit until the guest is frozen.
@@ -132,6 +137,11 @@ impl Runner {
         self.ask(|done| Command::Freeze { done }).unwrap_or_else(|gone| Err(PauseError::Ended(gone.to_string())))
     }
 
+    /// The last epoch that was sealed, or begun to be.
+    pub fn last_epoch(&self) -> Epoch {
+        Epoch(self.last_epoch.load(Ordering::Relaxed))
+    }
+
     /// Ends the machine and the thread.
     pub fn shut_down(mut self) {
         self.commands.send(Command::ShutDown).ok();
@@ -156,6 +166,8 @@ struct RunnerThread {
     commands: Receiver<Command>,
     /// Last epoch sealed; numbers go on over sessions and are never used twice.
     last: Epoch,
+    /// The same, for the status.
+    shown: Arc<AtomicU64>,
     /// The right to run, while this side has it.
     permit: Option<RunPermit>,
     /// The guest does not run: not started yet, frozen, or stopped by the last checkpoint of a switchover.
@@ -208,7 +220,7 @@ impl RunnerThread {
     /// The guest runs protected: base, then one checkpoint after another, until a command or a failure ends it.
     fn protect(&mut self, link: &Link, first: Epoch) -> Next {
         assert!(first > self.last, "epoch {first} begins a base after {}", self.last);
-        self.last = first;
+        self.use_epoch(first);
         let commands = self.commands.clone();
         let mut interrupted = || !commands.is_empty();
         let sent = bulk::send_base(&mut *self.machine, &self.parts, link, first, &mut interrupted);
@@ -242,7 +254,7 @@ impl RunnerThread {
                 Err(RecvTimeoutError::Disconnected) => return Next::ShutDown,
             };
             let epoch = self.last.next();
-            self.last = epoch;
+            self.use_epoch(epoch);
             match checkpoint(&mut *self.machine, &self.parts, link, epoch, afterwards) {
                 Ok(()) => {}
                 // The guest ended by itself and its machine says so. The backup must not see the link go before the record says *stopped*.
@@ -280,6 +292,11 @@ impl RunnerThread {
             other => RunnerEvent::ProtectionFailed(other),
         });
         Next::Idle
+    }
+
+    fn use_epoch(&mut self, epoch: Epoch) {
+        self.last = epoch;
+        self.shown.store(epoch.0, Ordering::Relaxed);
     }
 
     /// The only place that lets guest code run, and only on the strength of a permit.

@@ -5,10 +5,12 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
 use failover::arbiter::{ArbiterError, ArbiterThread, FileArbiter, NodeRef};
-use failover::config::{ArbiterSection, ConfigError, Console, MachineKind, NodeSection, PairConfig};
+use failover::config::{ArbiterSection, ConfigError, Console, MachineKind, PairConfig};
+use failover::control::ControlError;
 use failover::decide::{Core, Role};
 use failover::exit::ExitCode;
 use failover::generation::{StateDir, StateError};
+use failover::status::{Labels, NodeRole, StatusBoard};
 use replication_proto::{Facts, Incarnation, NodeName, PageIndex, PageRange, RamLayout};
 use vmm::config::{MachineConfig, MachineIo, NicConfig};
 use vmm::machine::BootError;
@@ -55,6 +57,9 @@ pub enum SetupError {
     /// The guest's image.
     #[error(transparent)]
     Boot(#[from] BootError),
+    /// The control socket.
+    #[error(transparent)]
+    Control(#[from] ControlError),
     /// A listening address.
     #[error("cannot listen on {address}: {source}")]
     Listen {
@@ -79,6 +84,7 @@ impl SetupError {
         match self {
             Self::Config(_) | Self::NoKernel => ExitCode::Config,
             Self::State(error) => error.exit_code(),
+            Self::Control(error) => error.exit_code(),
             Self::Arbiter(_) => ExitCode::ArbiterUnusable,
             Self::Tap(_) => ExitCode::NoTap,
             Self::Machine(
@@ -107,12 +113,41 @@ pub struct Built {
     pub metrics: Arc<Metrics>,
 }
 
+/// What a process knows of itself before it has anything.
+pub struct Process {
+    /// Which of the two nodes it is on.
+    pub node: NodeName,
+    /// This life of it.
+    pub incarnation: Incarnation,
+    /// Time since it started.
+    pub clock: Clock,
+    /// What it shows.
+    pub board: StatusBoard,
+}
+
+impl Process {
+    /// A new life.
+    ///
+    /// # Errors
+    /// The host has no random numbers.
+    pub fn begin(config: &PairConfig, node: NodeName, role: NodeRole) -> Result<Self, SetupError> {
+        let clock = Clock::start();
+        let mut bytes = [0; 16];
+        getrandom::fill(&mut bytes)
+            .map_err(|e| SetupError::Host { what: "random numbers", source: std::io::Error::other(e) })?;
+        let incarnation = Incarnation(u128::from_le_bytes(bytes));
+        let board = StatusBoard::new(&Labels::new(config, &node, incarnation), role);
+        Ok(Self { node, incarnation, clock, board })
+    }
+}
+
 /// Builds the machine that `config` describes, with this node's tap and console.
 ///
 /// # Errors
 /// See [`SetupError`].
-pub fn build_machine(config: &PairConfig, node: &NodeSection, clock: Clock) -> Result<Built, SetupError> {
-    let metrics = Arc::new(Metrics::default());
+pub fn build_machine(config: &PairConfig, process: &Process) -> Result<Built, SetupError> {
+    let node = config.node(&process.node).expect("picked from this configuration");
+    let metrics = Arc::new(Metrics::new(process.board.clone()));
     let tap = Arc::new(Tap::open(&node.tap)?);
     let (console, console_input) = open_console(&console_name(&node.console()))?;
     let world: Arc<dyn World> = Arc::new(HostWorld::new(vec![Arc::clone(&tap)], console));
@@ -120,7 +155,7 @@ pub fn build_machine(config: &PairConfig, node: &NodeSection, clock: Clock) -> R
         bytes: usize::try_from(config.limits.output).unwrap_or(usize::MAX),
         max_hold: config.timers.max_hold,
     };
-    let gate = Gate::new(limits, world, clock, Arc::clone(&metrics));
+    let gate = Gate::new(limits, world, process.clock, Arc::clone(&metrics));
     let ports: Vec<Arc<dyn FramePort>> = vec![tap];
     let outputs: Arc<dyn vmm::Outputs> = Arc::clone(&gate) as _;
     let io = MachineIo { outputs, ports: ports.clone(), console_input };
@@ -161,15 +196,10 @@ fn machine_config(config: &PairConfig) -> Result<MachineConfig, SetupError> {
 ///
 /// # Errors
 /// See [`SetupError`].
-pub fn open_host(
-    config: PairConfig,
-    node: &NodeName,
-    role: Role,
-    clock: Clock,
-    built: &Built,
-) -> Result<Host, SetupError> {
+pub fn open_host(config: PairConfig, process: Process, role: Role, built: &Built) -> Result<Host, SetupError> {
     let host = |what| move |source| SetupError::Host { what, source };
-    let section = config.node(node).expect("picked from this configuration").clone();
+    let Process { node, incarnation, clock, board } = process;
+    let section = config.node(&node).expect("picked from this configuration").clone();
     let state_dir = StateDir::open(&section.state_dir, config.vm.id)?;
     let events = EventFile::open(&section.state_dir, node.as_str()).map_err(host("the event file"))?;
     let arbiter = match &config.arbiter {
@@ -177,8 +207,8 @@ pub fn open_host(
     };
     // The event loop listens to the answers' channel itself: nobody needs to be woken.
     let arbiter = ArbiterThread::spawn(arbiter, || {}).map_err(host("the arbiter's thread"))?;
-    let incarnation = random_incarnation().map_err(host("the random number generator"))?;
-    let core = Core::new(config.core(node, incarnation, role, state_dir.highest()));
+    let core = Core::new(config.core(&node, incarnation, role, state_dir.highest()));
+    let desk = Desk::open(board, &section, config.vm.name.as_str())?;
     let terminate = Arc::new(AtomicBool::new(false));
     for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {
         signal_hook::flag::register(signal, Arc::clone(&terminate)).map_err(host("the signal handlers"))?;
@@ -187,14 +217,14 @@ pub fn open_host(
     let voice: SharedVoice = Arc::new(Mutex::default());
     Ok(Host {
         arena: Arena::new(usize::try_from(config.limits.staging).unwrap_or(usize::MAX)),
-        me: NodeRef { node: node.clone(), incarnation },
+        me: NodeRef { node, incarnation },
         clock,
         gate: Arc::clone(&built.gate),
         metrics: Arc::clone(&built.metrics),
         events,
         voice,
         core,
-        desk: Desk::open(),
+        desk,
         ram: ram_layout(&*built.machine),
         facts: facts(&*built.machine),
         arbiter,
@@ -203,12 +233,6 @@ pub fn open_host(
         link_note: String::new(),
         config,
     })
-}
-
-fn random_incarnation() -> std::io::Result<Incarnation> {
-    let mut bytes = [0; 16];
-    getrandom::fill(&mut bytes).map_err(std::io::Error::other)?;
-    Ok(Incarnation(u128::from_le_bytes(bytes)))
 }
 
 /// The machine's memory in the stream's words.

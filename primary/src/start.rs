@@ -31,14 +31,15 @@ pub fn await_start(host: &mut Host) -> Start {
         if let Some(start) = look(host, actions) {
             return start;
         }
-        host.refresh_status(Epoch(0), false);
+        host.refresh_status(Epoch(0), Epoch(0), false);
         let now = host.clock.now();
-        let wait = host.core.next_deadline(now).map_or(SIGNAL_INTERVAL, |at| at.saturating_sub(now)).min(SIGNAL_INTERVAL);
+        let wait =
+            host.core.next_deadline(now).map_or(SIGNAL_INTERVAL, |at| at.saturating_sub(now)).min(SIGNAL_INTERVAL);
         let arbiter = host.arbiter_answers().clone();
         let control = host.control_requests().clone();
         let input = select! {
             recv(arbiter) -> answer => answer.ok().map(|completed| host.input_of(HostEvent::Arbiter(completed))),
-            recv(control) -> request => request.ok().map(|(ticket, command)| Input::Command { ticket, command }),
+            recv(control) -> request => request.ok().map(|request| host.input_of(HostEvent::Control(request))),
             default(wait) => None,
         };
         let input = match input {
