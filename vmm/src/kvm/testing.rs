@@ -1,6 +1,7 @@
 //! What the tests of the KVM machine share: tiny guests, and a driver that plays the guest.
 
 use std::io::Write as _;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -67,12 +68,17 @@ pub(super) fn config(kernel: PathBuf, vcpus: u8) -> MachineConfig {
 }
 
 pub(super) fn bench(config: &MachineConfig) -> Bench {
+    bench_with_input(config, None)
+}
+
+/// Likewise, with somebody at the console.
+pub(super) fn bench_with_input(config: &MachineConfig, console_input: Option<OwnedFd>) -> Bench {
     let heard = Arc::new(Heard::default());
     let (port, cable) = SocketPort::pair().unwrap();
     let io = MachineIo {
         outputs: Arc::clone(&heard) as Arc<dyn Outputs>,
         ports: vec![Arc::new(port) as Arc<dyn FramePort>],
-        console_input: None,
+        console_input,
     };
     let machine = KvmMachine::build(config, io).expect("a machine on KVM (FT_NO_KVM=1 where there is none)");
     Bench { machine, heard, cable }

@@ -3,7 +3,8 @@
 use vm_memory::{Bytes, GuestAddress};
 
 use super::testing::{
-    Bench, COUNTER_AT, COUNTING, GUEST_START, TempFile, bench, config, elf, eventually, loaded, no_kvm,
+    Bench, COUNTER_AT, COUNTING, GUEST_START, TempFile, bench, bench_with_input, config, elf, eventually, loaded,
+    no_kvm,
 };
 use super::*;
 use crate::pause::PausedVm;
@@ -285,6 +286,47 @@ fn console_says_what_the_guest_wrote() {
     let mut bench = loaded(COUNTING, 1);
     bench.machine.run().unwrap();
     eventually("one letter", || *bench.heard.console.lock().unwrap() == b"A");
+}
+
+/// More bytes than the FIFO holds, read by a guest that polls:
+/// `again: mov dx, 0x3fd; wait: in al, dx; test al, 1; jz wait; mov dx, 0x3f8; in al, dx; out dx, al; jmp again`
+#[test]
+fn console_hears_everything_that_was_typed() {
+    if no_kvm() {
+        return;
+    }
+    let code = [0x66, 0xba, 0xfd, 0x03, 0xec, 0xa8, 1, 0x74, 0xfb, 0x66, 0xba, 0xf8, 0x03, 0xec, 0xee, 0xeb, 0xef];
+    let image = TempFile::new(&elf(&code, GUEST_START, true));
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    let mut bench = bench_with_input(&config(image.0.clone(), 1), Some(reader.into()));
+    bench.machine.load().unwrap();
+    bench.machine.run().unwrap();
+    let typed: Vec<u8> = (0..=255).cycle().take(1000).collect();
+    std::io::Write::write_all(&mut writer, &typed).unwrap();
+    drop(writer);
+    eventually("all of it", || bench.heard.console.lock().unwrap().len() == typed.len());
+    assert_eq!(*bench.heard.console.lock().unwrap(), typed);
+}
+
+/// What waits in the FIFO is state: the other machine's guest still hears it.
+#[test]
+fn bytes_in_the_console_fifo_are_captured() {
+    if no_kvm() {
+        return;
+    }
+    let image = TempFile::new(&elf(COUNTING, GUEST_START, true));
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    std::io::Write::write_all(&mut writer, b"typed").unwrap();
+    let mut first = bench_with_input(&config(image.0.clone(), 1), Some(reader.into()));
+    first.machine.load().unwrap();
+    first.machine.run().unwrap();
+    eventually("the bytes are in the FIFO", || lock(&first.machine.devices.serial).read(5) & 1 == 1);
+    let sections = final_sections(&mut first.machine);
+    let mut second = bench(&config(image.0.clone(), 1));
+    second.machine.restore(&sections, ClockPolicy::ResumeFromCheckpoint).unwrap();
+    let mut serial = lock(&second.machine.devices.serial);
+    let heard: Vec<u8> = std::iter::from_fn(|| (serial.read(5) & 1 == 1).then(|| serial.read(0))).collect();
+    assert_eq!(heard, b"typed");
 }
 
 #[test]

@@ -73,6 +73,8 @@ pub(crate) struct VirtioMmio {
     queue_sel: u32,
     interrupt_status: u32,
     status: u32,
+    /// A driver that breaks rules again and again must not fill the log.
+    complained: bool,
 }
 
 impl VirtioMmio {
@@ -92,6 +94,7 @@ impl VirtioMmio {
             queue_sel: 0,
             interrupt_status: 0,
             status: 0,
+            complained: false,
         }
     }
 
@@ -248,7 +251,8 @@ impl VirtioMmio {
     }
 
     fn broken(&mut self, error: &BrokenQueue) {
-        log::warn!("virtio device {}: {error}; it needs a reset", self.device.device_id());
+        let level = if std::mem::replace(&mut self.complained, true) { log::Level::Debug } else { log::Level::Warn };
+        log::log!(level, "virtio device {}: {error}; it needs a reset", self.device.device_id());
         self.status |= NEEDS_RESET;
         if self.status & DRIVER_OK != 0 {
             self.interrupt(INTERRUPT_CONFIG);
