@@ -7,10 +7,12 @@
 
 pub mod arbiter;
 pub mod config;
+pub mod control;
 pub mod decide;
 mod detector;
 pub mod exit;
 pub mod generation;
+pub mod health;
 pub mod permit;
 pub mod reason;
 pub mod status;

@@ -278,3 +278,5 @@ impl Status {
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+pub(crate) mod tests_support;

@@ -65,7 +65,7 @@ fn labelled<'a>(
 }
 
 fn histogram(encoder: &mut DescriptorEncoder<'_>, name: &str, help: &str, of: &Distribution) -> Result<(), Error> {
-    let bounds = Distribution::BOUNDS.iter().copied().chain([f64::MAX]);
+    let bounds = Distribution::BOUNDS.iter().copied().chain([f64::INFINITY]);
     let buckets: Vec<(f64, u64)> = bounds.zip(of.buckets.iter().copied()).collect();
     encoder.encode_descriptor(name, help, None, MetricType::Histogram)?.encode_histogram::<NoLabelSet>(
         of.sum_seconds,
@@ -92,7 +92,9 @@ impl Scrape {
         whole(e, "ft_epoch_number", "Last epoch ended or committed", s.epoch)?;
         whole(e, "ft_backup_lag_epochs", "Epochs that are not committed yet", s.lag_epochs)?;
         gauge(e, "ft_state_seconds", "Time in this state", s.state_seconds)?;
-        gauge(e, "ft_unprotected_seconds", "Time that the guest ran unprotected", s.unprotected_seconds_total)?;
+        let unprotected = ConstCounter::new(s.unprotected_seconds_total);
+        let help = "Time that the guest ran unprotected";
+        unprotected.encode(e.encode_descriptor("ft_unprotected_seconds", help, None, unprotected.metric_type())?)?;
         whole(e, "ft_resync_remaining_bytes", "Bytes of the base still to be copied", s.resync_remaining_bytes)?;
         for (name, help, value) in [
             ("ft_last_commit_age_seconds", "Age of the newest committed epoch", s.lag_seconds),
