@@ -207,7 +207,10 @@ mod tests {
             fs::write(&path, bytes).unwrap();
             let state = StateDir::open(directory.path(), VM);
             // A flipped letter case in the UUID's hex digits is the same UUID.
-            assert!(state.as_ref().is_err() || state.as_ref().is_ok_and(|state| state.highest() == Generation(41)), "{bytes:?}");
+            assert!(
+                state.as_ref().is_err() || state.as_ref().is_ok_and(|state| state.highest() == Generation(41)),
+                "{bytes:?}"
+            );
             state.is_err()
         };
         for length in 0..good.len() {

@@ -54,7 +54,10 @@ impl FileArbiter {
         };
         let info = rustix::fs::statfs(&directory).map_err(|error| {
             let text = io::Error::from(error);
-            unusable(format!("directory {}: {text}: create it, on a local filesystem that both processes see", directory.display()))
+            unusable(format!(
+                "directory {}: {text}: create it, on a local filesystem that both processes see",
+                directory.display()
+            ))
         })?;
         // f_type is signed on some targets; only the low 32 bits carry the magic.
         let magic = u64::try_from(i128::from(info.f_type) & 0xFFFF_FFFF).unwrap_or(0);
@@ -180,5 +183,98 @@ impl Arbiter for FileArbiter {
 
     fn describe(&self) -> String {
         format!("file {}", self.path.display())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::arbiter::contract::{self, sample};
+
+    fn place() -> (tempfile::TempDir, PathBuf) {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("record.json");
+        (directory, path)
+    }
+
+    #[test]
+    fn keeps_the_contract_of_arbiters() {
+        let (_directory, path) = place();
+        contract::check(|| FileArbiter::open(&path).unwrap());
+    }
+
+    #[test]
+    fn what_is_no_record_is_an_error_and_never_overwritten() {
+        let (_directory, path) = place();
+        let mut arbiter = FileArbiter::open(&path).unwrap();
+        arbiter.compare_and_swap(None, &sample(1));
+        let good = fs::read(&path).unwrap();
+        let newer = String::from_utf8(good.clone()).unwrap().replace("\"v\":1", "\"v\":2");
+        let own_backup = String::from_utf8(good.clone()).unwrap().replace("\"node\":\"b\"", "\"node\":\"a\"");
+        let deep = format!("{{\"revision\":1,\"record\":{}{}}}", "[".repeat(500), "]".repeat(500));
+        let wrong: Vec<Vec<u8>> = [
+            &b""[..],
+            b"{",
+            b"null",
+            b"<html>502</html>",
+            b"{\"revision\":1}",
+            b"{\"revision\":-1,\"record\":{}}",
+            b"\xff\xfe",
+            newer.as_bytes(),
+            own_backup.as_bytes(),
+            deep.as_bytes(),
+        ]
+        .map(<[u8]>::to_vec)
+        .into_iter()
+        .chain([vec![b' '; MAX_RECORD_BYTES + 1]])
+        .chain((0..good.len()).step_by(7).map(|length| good[..length].to_vec()))
+        .collect();
+        for bytes in wrong {
+            fs::write(&path, &bytes).unwrap();
+            let text = String::from_utf8_lossy(&bytes[..bytes.len().min(80)]).into_owned();
+            assert!(matches!(arbiter.read(), Err(ArbiterError::Unusable(_))), "{text}");
+            for expected in [None, Some(Revision(1))] {
+                assert!(matches!(arbiter.compare_and_swap(expected, &sample(2)), CasOutcome::Failed(_)), "{text}");
+            }
+            assert_eq!(fs::read(&path).unwrap(), bytes, "{text}");
+        }
+        fs::write(&path, good).unwrap();
+        assert!(arbiter.read().unwrap().is_some());
+    }
+
+    #[test]
+    fn a_writer_that_died_half_way_leaves_the_old_record() {
+        let (directory, path) = place();
+        let mut arbiter = FileArbiter::open(&path).unwrap();
+        arbiter.compare_and_swap(None, &sample(1));
+        fs::write(directory.path().join("record.json.new"), b"{\"revi").unwrap();
+        assert_eq!(arbiter.read().unwrap().unwrap().record, sample(1));
+        assert_eq!(arbiter.compare_and_swap(Some(Revision(1)), &sample(2)), CasOutcome::Applied(Revision(2)));
+    }
+
+    #[test]
+    fn a_reader_is_not_held_up_by_a_stopped_writer() {
+        let (_directory, path) = place();
+        let mut arbiter = FileArbiter::open(&path).unwrap();
+        arbiter.compare_and_swap(None, &sample(1));
+        let _held = FileArbiter::open(&path).unwrap().lock().unwrap();
+        assert!(arbiter.read().unwrap().is_some());
+    }
+
+    #[test]
+    fn odd_places_are_refused_in_one_line() {
+        let (directory, path) = place();
+        assert!(matches!(
+            FileArbiter::open(&directory.path().join("none/record.json")),
+            Err(ArbiterError::Unusable(_))
+        ));
+        assert!(matches!(FileArbiter::open(Path::new("/")), Err(ArbiterError::Unusable(_))));
+        // A kernel filesystem on which nothing can be written, and a directory in the record's place.
+        let outcome = FileArbiter::open(Path::new("/proc/record.json")).unwrap().compare_and_swap(None, &sample(1));
+        assert!(matches!(outcome, CasOutcome::Failed(_)), "{outcome:?}");
+        fs::create_dir(&path).unwrap();
+        let mut arbiter = FileArbiter::open(&path).unwrap();
+        assert!(arbiter.read().is_err());
+        assert!(matches!(arbiter.compare_and_swap(None, &sample(1)), CasOutcome::Failed(_)));
     }
 }

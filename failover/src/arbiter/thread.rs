@@ -85,3 +85,28 @@ fn serve<A: Arbiter>(
         wake();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::arbiter::contract::sample;
+    use crate::arbiter::{CasOutcome, FileArbiter, Revision};
+
+    #[test]
+    fn answers_carry_the_number_of_their_request() {
+        let directory = tempfile::tempdir().unwrap();
+        let arbiter = FileArbiter::open(&directory.path().join("record.json")).unwrap();
+        let (woken, wakes) = bounded(4);
+        let thread = ArbiterThread::spawn(arbiter, move || woken.try_send(()).unwrap()).unwrap();
+        assert!(thread.describe().starts_with("file "));
+        thread.request(OpId(4), ArbiterRequest::Cas { expected: None, record: sample(1) });
+        thread.request(OpId(9), ArbiterRequest::Read);
+        let limit = Duration::from_secs(10);
+        let first = thread.answers().recv_timeout(limit).unwrap();
+        assert_eq!((first.op, first.answer), (OpId(4), Answer::Cas(CasOutcome::Applied(Revision(1)))));
+        let second = thread.answers().recv_timeout(limit).unwrap();
+        assert_eq!(second.op, OpId(9));
+        assert!(matches!(second.answer, Answer::Read(Ok(Some(_)))));
+        wakes.recv_timeout(limit).unwrap();
+    }
+}

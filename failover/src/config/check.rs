@@ -32,8 +32,7 @@ pub(super) fn shown(text: &str) -> String {
 
 fn span_within(key: &str, value: Duration, least: Duration, most: Duration) -> Result<(), Wrong> {
     if value < least || value > most {
-        let cause =
-            format!("{} is out of bounds: {} to {}", format_span(value), format_span(least), format_span(most));
+        let cause = format!("{} is out of bounds: {} to {}", format_span(value), format_span(least), format_span(most));
         return Err(wrong(key, cause));
     }
     Ok(())
@@ -41,8 +40,7 @@ fn span_within(key: &str, value: Duration, least: Duration, most: Duration) -> R
 
 fn size_within(key: &str, value: u64, least: u64, most: u64) -> Result<(), Wrong> {
     if value < least || value > most {
-        let cause =
-            format!("{} is out of bounds: {} to {}", format_size(value), format_size(least), format_size(most));
+        let cause = format!("{} is out of bounds: {} to {}", format_size(value), format_size(least), format_size(most));
         return Err(wrong(key, cause));
     }
     Ok(())
@@ -107,7 +105,10 @@ impl PairConfig {
             return Err(wrong("timers.heartbeat", cause));
         }
         if t.eof_grace > t.solo {
-            return Err(wrong("timers.eof_grace", format!("must not be longer than timers.solo ({})", format_span(t.solo))));
+            return Err(wrong(
+                "timers.eof_grace",
+                format!("must not be longer than timers.solo ({})", format_span(t.solo)),
+            ));
         }
         if t.isolation_halt <= t.takeover {
             return Err(wrong("timers.isolation_halt", "must be longer than timers.takeover"));
@@ -131,7 +132,10 @@ impl PairConfig {
         }
         let mut nodes = self.nodes.iter();
         let (Some((name_a, a)), Some((name_b, b)), None) = (nodes.next(), nodes.next(), nodes.next()) else {
-            return Err(wrong("nodes", format!("{} nodes: a pair has exactly two, [nodes.a] and [nodes.b]", self.nodes.len())));
+            return Err(wrong(
+                "nodes",
+                format!("{} nodes: a pair has exactly two, [nodes.a] and [nodes.b]", self.nodes.len()),
+            ));
         };
         for (name, node) in &self.nodes {
             self.check_node(name.as_str(), node)?;
@@ -154,7 +158,10 @@ impl PairConfig {
 
     fn check_node(&self, name: &str, node: &NodeSection) -> Result<(), Wrong> {
         let key = |what: &str| format!("nodes.{name}.{what}");
-        if node.replication.port() == 0 || node.replication.ip().is_unspecified() || node.replication.ip().is_multicast() {
+        if node.replication.port() == 0
+            || node.replication.ip().is_unspecified()
+            || node.replication.ip().is_multicast()
+        {
             return Err(wrong(key("replication"), "must be the address and port that the other node connects to"));
         }
         if !node.replication.ip().is_loopback() && !self.link.insecure_lab {
@@ -167,7 +174,11 @@ impl PairConfig {
         for (what, device) in [("tap", Some(&node.tap)), ("bridge", node.bridge.as_ref())] {
             let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
             let Some(device) = device else { continue };
-            if device.is_empty() || device.len() > MAX_DEVICE_NAME || !device.bytes().all(allowed) || device == "." || device == ".."
+            if device.is_empty()
+                || device.len() > MAX_DEVICE_NAME
+                || !device.bytes().all(allowed)
+                || device == "."
+                || device == ".."
             {
                 return Err(wrong(key(what), format!("not a device name (1 to {MAX_DEVICE_NAME} letters and digits)")));
             }
@@ -189,18 +200,36 @@ impl PairConfig {
         let span = format_span;
         [
             format!("epochs per second at most: {}", 1_000_000 / self.epoch.interval.as_micros().max(1)),
-            format!("heartbeats that may be lost in a row before the primary holds output: {}", heartbeats.saturating_sub(1)),
-            format!("backup killed: output stalls for about {} (closed connection) to {} (silence)", span(t.eof_grace), span(t.solo)),
+            format!(
+                "heartbeats that may be lost in a row before the primary holds output: {}",
+                heartbeats.saturating_sub(1)
+            ),
+            format!(
+                "backup killed: output stalls for about {} (closed connection) to {} (silence)",
+                span(t.eof_grace),
+                span(t.solo)
+            ),
             format!(
                 "primary killed: takeover begins after about {} (closed connection) to {} (silence)",
                 span(t.eof_grace),
                 span(t.takeover)
             ),
-            format!("link cut: the primary has {} to go on alone before the backup contends", span(t.takeover.saturating_sub(t.solo))),
-            format!("frames held for longer than {} are dropped; a fenced guest is kept for {}", span(t.max_hold), span(t.fenced_keep)),
+            format!(
+                "link cut: the primary has {} to go on alone before the backup contends",
+                span(t.takeover.saturating_sub(t.solo))
+            ),
+            format!(
+                "frames held for longer than {} are dropped; a fenced guest is kept for {}",
+                span(t.max_hold),
+                span(t.fenced_keep)
+            ),
             format!(
                 "link: {}",
-                if self.link.insecure_lab { "INSECURE (insecure_lab = true): neither authenticated nor encrypted" } else { "loopback only" }
+                if self.link.insecure_lab {
+                    "INSECURE (insecure_lab = true): neither authenticated nor encrypted"
+                } else {
+                    "loopback only"
+                }
             ),
         ]
         .join("\n")

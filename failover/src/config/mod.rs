@@ -429,7 +429,11 @@ impl PairConfig {
         let text = text.strip_prefix('\u{FEFF}').unwrap_or(text);
         let mut config: Self = toml::from_str(text).map_err(|error| syntax(text, file, &error))?;
         config.resolve(directory);
-        config.check().map_err(|wrong| ConfigError::Invalid { file: file.into(), key: wrong.key, cause: wrong.cause })?;
+        config.check().map_err(|wrong| ConfigError::Invalid {
+            file: file.into(),
+            key: wrong.key,
+            cause: wrong.cause,
+        })?;
         Ok(config)
     }
 

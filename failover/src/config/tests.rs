@@ -114,7 +114,13 @@ fn values_out_of_bounds_and_unsafe_timers_are_refused_with_their_key() {
         (edited("/var/lib/ft/b", "/var/lib/ft/a"), "nodes.b.state_dir"),
         (edited("ftap1", "../evil"), "nodes.b.tap"),
         (edited("/run/ft/b.sock", &format!("/run/{}", "x".repeat(120))), "nodes.b.control: 125 bytes"),
-        (edited("[nodes.b]", "[nodes.a2]\nreplication = \"127.0.0.1:1\"\ntap=\"t\"\ncontrol=\"c\"\nstate_dir=\"s\"\n[nodes.b]"), "nodes: 3 nodes"),
+        (
+            edited(
+                "[nodes.b]",
+                "[nodes.a2]\nreplication = \"127.0.0.1:1\"\ntap=\"t\"\ncontrol=\"c\"\nstate_dir=\"s\"\n[nodes.b]",
+            ),
+            "nodes: 3 nodes",
+        ),
     ];
     for (text, expected) in cases {
         let found = message(&text);

@@ -101,7 +101,9 @@ mod tests {
 
     #[test]
     fn unit_typos_signs_and_overflow_are_refused() {
-        for text in ["25", "ms", "25 ms", "-25ms", "2.5ms", "25MS", "25msec", "", "99999999999999999999ms", "99999999999999h"] {
+        for text in
+            ["25", "ms", "25 ms", "-25ms", "2.5ms", "25MS", "25msec", "", "99999999999999999999ms", "99999999999999h"]
+        {
             assert!(parse_span(text).is_err(), "{text}");
         }
         for text in ["256MB", "256mib", "-1B", "1e3B", "99999999999999999GiB"] {

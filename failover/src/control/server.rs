@@ -178,7 +178,9 @@ fn listen(path: &Path) -> Result<UnixListener, ControlError> {
     let before = rustix::process::umask(Mode::from_raw_mode(0o117));
     let bound = UnixListener::bind(path);
     rustix::process::umask(before);
-    bound.map_err(|error| if error.kind() == io::ErrorKind::AddrInUse { ControlError::InUse(place.clone()) } else { io(error) })
+    bound.map_err(
+        |error| if error.kind() == io::ErrorKind::AddrInUse { ControlError::InUse(place.clone()) } else { io(error) },
+    )
 }
 
 /// Counts a client for as long as it lives.

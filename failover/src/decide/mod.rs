@@ -331,7 +331,9 @@ impl Core {
     fn read_failed(&mut self, error: &ArbiterError, now: Duration, out: &mut Vec<Action>) {
         self.retry_at = Some(now.saturating_add(self.config.timers.arbiter_retry));
         match error {
-            ArbiterError::Unreachable(_) if self.state == State::Starting => self.reason = ReasonCode::ArbiterUnreachable,
+            ArbiterError::Unreachable(_) if self.state == State::Starting => {
+                self.reason = ReasonCode::ArbiterUnreachable
+            }
             ArbiterError::Unreachable(_) => {}
             ArbiterError::Unusable(text) => self.raise(ReasonCode::ArbiterUnusable, text.clone(), out),
         }
@@ -382,7 +384,10 @@ impl Core {
         }
         let ours = |node: &NodeRef| node.node == self.config.me.node || node.node == self.config.peer;
         let stranger = [Some(&record.owner), record.in_sync.as_ref()].into_iter().flatten().find(|node| !ours(node))?;
-        Some(format!("the record names node {}, this pair is {} and {}", stranger.node, self.config.me.node, self.config.peer))
+        Some(format!(
+            "the record names node {}, this pair is {} and {}",
+            stranger.node, self.config.me.node, self.config.peer
+        ))
     }
 
     fn rolled_back(&self, read: &Versioned) -> Option<String> {
@@ -590,7 +595,8 @@ impl Core {
             self.standby.declined = None;
             if let Some(report) = report {
                 self.report = Some((now, report));
-                let in_sync = self.known.as_ref().is_some_and(|known| known.record.in_sync.as_ref() == Some(&self.config.me));
+                let in_sync =
+                    self.known.as_ref().is_some_and(|known| known.record.in_sync.as_ref() == Some(&self.config.me));
                 if self.mine.is_none() && report.protected && !in_sync {
                     // The record names us by now; to know its revision saves a read when it matters.
                     self.probe_at = self.probe_at.min(now);

@@ -200,7 +200,8 @@ impl Core {
         if let Some(evidence) = self.evidence(now) {
             return self.lose(Self::silence_reason(evidence), now, out);
         }
-        let named = !self.stale && self.known.as_ref().is_some_and(|known| known.record.in_sync.as_ref() == Some(backup));
+        let named =
+            !self.stale && self.known.as_ref().is_some_and(|known| known.record.in_sync.as_ref() == Some(backup));
         if named && self.settled() {
             self.gate = Gate::OnAck(backup.clone());
             self.protected_since = Some(now);

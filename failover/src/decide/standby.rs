@@ -11,7 +11,9 @@ use super::{
 
 impl Core {
     pub(super) fn base_begun(&mut self, owner: NodeRef, now: Duration) {
-        if self.mine.is_some() || owner.node != self.config.peer || !matches!(self.state, State::Standby | State::TakingOver)
+        if self.mine.is_some()
+            || owner.node != self.config.peer
+            || !matches!(self.state, State::Standby | State::TakingOver)
         {
             return;
         }
@@ -87,7 +89,8 @@ impl Core {
         if self.op.is_some() {
             return;
         }
-        if self.settled() && (self.evidence(now).is_none() || self.standby.committed.is_none() || self.standby.stopped) {
+        if self.settled() && (self.evidence(now).is_none() || self.standby.committed.is_none() || self.standby.stopped)
+        {
             let reason = if self.standby.committed.is_some() { ReasonCode::Following } else { ReasonCode::Hollow };
             return self.go(State::Standby, reason, now);
         }
@@ -127,7 +130,8 @@ impl Core {
                 return out.push(Action::Reply { ticket, outcome: CommandOutcome::Refused(text) });
             }
             _ => {
-                let text = format!("this side is {}; only a standby or a fenced side can be forced", self.state_name().word());
+                let text =
+                    format!("this side is {}; only a standby or a fenced side can be forced", self.state_name().word());
                 return out.push(Action::Reply { ticket, outcome: CommandOutcome::Refused(text) });
             }
         };
@@ -160,7 +164,8 @@ impl Core {
         if self.stale && !rolled_back {
             return self.read(now, out);
         }
-        let expected = if rolled_back { self.refused.as_ref() } else { self.known.as_ref() }.map(|found| found.revision);
+        let expected =
+            if rolled_back { self.refused.as_ref() } else { self.known.as_ref() }.map(|found| found.revision);
         if rolled_back {
             // Revisions begin anew with the arbiter that was restored.
             self.known = None;

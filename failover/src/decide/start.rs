@@ -87,7 +87,11 @@ impl Core {
         let Some(backup) = &known.record.in_sync else { return false };
         known.record.owner.node == self.config.me.node
             && backup.node == self.config.peer
-            && self.standby.owner.as_ref().is_some_and(|met| met.node == backup.node && met.incarnation != backup.incarnation)
+            && self
+                .standby
+                .owner
+                .as_ref()
+                .is_some_and(|met| met.node == backup.node && met.incarnation != backup.incarnation)
     }
 
     /// Whether a process that offered itself as the backup finds that there is nobody left to wait for.

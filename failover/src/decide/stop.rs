@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use super::{Action, CommandOutcome, Core, ExitCode, Gate, GoodbyeReason, GuestEnd, Reason, ReasonCode, State, Ticket, fence_exit};
+use super::{
+    Action, CommandOutcome, Core, ExitCode, Gate, GoodbyeReason, GuestEnd, Reason, ReasonCode, State, Ticket,
+    fence_exit,
+};
 
 impl Core {
     pub(super) fn stop(&mut self, ticket: Ticket, now: Duration, out: &mut Vec<Action>) {

@@ -188,7 +188,8 @@ fn answer(head: &[u8], board: &StatusBoard) -> Answer {
     let line = head.split(|byte| *byte == b'\r').next().unwrap_or_default();
     let Ok(line) = std::str::from_utf8(line) else { return Answer::text(400, "not a request\n") };
     let mut words = line.split(' ');
-    let (Some(method), Some(target), Some(version), None) = (words.next(), words.next(), words.next(), words.next()) else {
+    let (Some(method), Some(target), Some(version), None) = (words.next(), words.next(), words.next(), words.next())
+    else {
         return Answer::text(400, "not a request\n");
     };
     if !version.starts_with("HTTP/1.") {

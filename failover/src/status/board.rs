@@ -144,9 +144,8 @@ impl StatusBoard {
             pid: std::process::id(),
             incarnation: labels.incarnation.to_string(),
         };
-        let histogram = || {
-            Histogram::new_with_bounds(1, LONGEST_MICROS, DIGITS).expect("constant bounds that the library accepts")
-        };
+        let histogram =
+            || Histogram::new_with_bounds(1, LONGEST_MICROS, DIGITS).expect("constant bounds that the library accepts");
         Self(Arc::new(Mutex::new(Inner {
             status,
             histograms: std::array::from_fn(|_| histogram()),
@@ -323,7 +322,9 @@ fn distribution(histogram: &Histogram<u64>, sum: Duration) -> Distribution {
         let at = Distribution::BOUNDS.iter().position(|bound| seconds <= *bound).unwrap_or(Distribution::BOUNDS.len());
         buckets[at] += value.count_at_value();
     }
-    let at = |quantile: f64| if histogram.is_empty() { 0.0 } else { micros_as_seconds(histogram.value_at_quantile(quantile)) };
+    let at = |quantile: f64| {
+        if histogram.is_empty() { 0.0 } else { micros_as_seconds(histogram.value_at_quantile(quantile)) }
+    };
     Distribution {
         count: histogram.len(),
         sum_seconds: sum.as_secs_f64(),

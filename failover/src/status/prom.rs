@@ -101,7 +101,11 @@ impl Scrape {
             ("ft_peer_seen_age_seconds", "Time since the peer was heard", s.peer.seen_age_seconds),
             ("ft_peer_rtt_seconds", "Round trip of a heartbeat", s.link.rtt_seconds),
             ("ft_arbiter_age_seconds", "Time since the arbiter gave a usable answer", s.arbiter.age_seconds),
-            ("ft_arbiter_request_seconds", "Duration of the last request to the arbiter", s.arbiter.last_request_seconds),
+            (
+                "ft_arbiter_request_seconds",
+                "Duration of the last request to the arbiter",
+                s.arbiter.last_request_seconds,
+            ),
         ] {
             if let Some(value) = value {
                 gauge(e, name, help, value)?;

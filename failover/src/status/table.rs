@@ -120,7 +120,8 @@ pub(super) fn render(s: &Status) -> String {
 fn nodes(out: &mut String, s: &Status) {
     let row = |out: &mut String, cells: [&str; 8]| {
         let [node, role, state, epoch, lag, link, arbiter, seen] = cells;
-        let _ = writeln!(out, "  {node:<10} {role:<8} {state:<13} {epoch:<12} {lag:<16} {link:<18} {arbiter:<14} {seen}");
+        let _ =
+            writeln!(out, "  {node:<10} {role:<8} {state:<13} {epoch:<12} {lag:<16} {link:<18} {arbiter:<14} {seen}");
     };
     row(out, ["NODE", "ROLE", "STATE", "EPOCH", "LAG", "LINK", "ARBITER", "SEEN"]);
     let link = match (s.link.up, s.link.rtt_seconds) {

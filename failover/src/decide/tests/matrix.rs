@@ -38,7 +38,11 @@ fn matrix_row_01_link_cut_both_reach_the_arbiter_the_vm_stays_where_it_is() {
 fn matrix_row_02_primary_killed_or_powered_off_the_backup_takes_over() {
     for (powered_off, limit) in [(false, ms(40)), (true, ms(340))] {
         let mut world = World::protected();
-        if powered_off { world.power_off(A) } else { world.kill(A) }
+        if powered_off {
+            world.power_off(A)
+        } else {
+            world.kill(A)
+        }
         let gap = world.run_until(ms(1000), |world| world.open(B)).expect("takeover");
         assert!(gap <= limit, "{gap:?}");
         assert_eq!(generation(&world), 2);

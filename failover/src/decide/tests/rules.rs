@@ -12,7 +12,11 @@ use crate::exit::ExitCode;
 fn start_a_restarted_primary_offers_itself_and_never_beats_the_takeover() {
     for powered_off in [false, true] {
         let mut world = World::protected();
-        if powered_off { world.power_off(A) } else { world.kill(A) }
+        if powered_off {
+            world.power_off(A)
+        } else {
+            world.kill(A)
+        }
         if powered_off {
             world.cut = [false; 2];
         }
@@ -43,7 +47,9 @@ fn start_of_two_primaries_one_owns_and_the_other_becomes_its_backup() {
     world.start(B, Role::Primary);
     world.run(ms(1000));
     assert_eq!(world.running().len(), 1);
-    assert!(world.run_until(ms(2000), |world| [A, B].iter().any(|at| world.state(*at) == StateName::Protected)).is_some());
+    assert!(
+        world.run_until(ms(2000), |world| [A, B].iter().any(|at| world.state(*at) == StateName::Protected)).is_some()
+    );
 }
 
 #[test]
@@ -272,7 +278,10 @@ fn a_pair_fails_over_back_and_forth() {
         world.kill(owner);
         assert!(world.run_until(ms(500), |world| world.open(other)).is_some(), "round {round}");
         world.start(owner, Role::Primary);
-        assert!(world.run_until(ms(5000), |world| world.state(other) == StateName::Protected).is_some(), "round {round}");
+        assert!(
+            world.run_until(ms(5000), |world| world.state(other) == StateName::Protected).is_some(),
+            "round {round}"
+        );
         world.run(Duration::from_secs(61));
     }
     assert_eq!(world.record.clone().unwrap().record.generation, Generation(11));

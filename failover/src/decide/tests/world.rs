@@ -375,7 +375,11 @@ impl World {
             Message::Heartbeat(report, available) => {
                 self.input(at, Input::PeerHeard { peer: from.clone(), report: Some(report) });
                 // The owner dials whoever would be a backup.
-                if available && self.nodes[at].core.is_some() && self.view(at).owner && self.nodes[at].connection.is_none() {
+                if available
+                    && self.nodes[at].core.is_some()
+                    && self.view(at).owner
+                    && self.nodes[at].connection.is_none()
+                {
                     self.input(at, Input::BackupJoined { backup: from });
                 }
             }
@@ -571,7 +575,9 @@ impl World {
             }
             (ArbiterRequest::Read, _) => (Answer::Read(Ok(self.record.clone())), ms(1)),
             (ArbiterRequest::Cas { .. }, Service::Down) => (Answer::Cas(CasOutcome::Failed("down".into())), ms(5)),
-            (ArbiterRequest::Cas { expected, record }, Service::Good) => (Answer::Cas(self.swap(expected, record)), ms(1)),
+            (ArbiterRequest::Cas { expected, record }, Service::Good) => {
+                (Answer::Cas(self.swap(expected, record)), ms(1))
+            }
             (ArbiterRequest::Cas { expected, record }, Service::AnswerLost) => {
                 self.apply(expected, record);
                 (Answer::Cas(CasOutcome::Unknown("lost".into())), ms(5))
