@@ -46,6 +46,7 @@ struct Run {
     mismatches: u64,
     pages: u64,
     times: [Times; 6],
+    activations: Times,
 }
 
 impl Run {
@@ -80,10 +81,12 @@ impl Run {
         let _ = paused.stay_stopped();
         let mut fresh = build(&self.config, &self.outputs, &self.port);
         self.shadow.write_to(fresh.ram());
-        fresh.restore(&sections, ClockPolicy::ResumeFromCheckpoint).expect("the state fits an equal machine");
         self.machine.shut_down();
+        let began = Instant::now();
+        fresh.restore(&sections, ClockPolicy::ResumeFromCheckpoint).expect("the state fits an equal machine");
         fresh.track_dirty(true).expect("writes can be logged");
         fresh.run().expect("a restored machine runs");
+        self.activations.0.push(began.elapsed());
         self.machine = fresh;
     }
 }
@@ -104,7 +107,8 @@ fn checkpoints(vcpus: u8, count: u64) {
 
     let client = Counter::start(frames, Arc::new(host_end), vec!["FT.DIRTY 20000 1024".into()]);
     let times = Default::default();
-    let mut run = Run { config, outputs, port, machine, shadow, mismatches: 0, pages: 0, times };
+    let activations = Times::default();
+    let mut run = Run { config, outputs, port, machine, shadow, mismatches: 0, pages: 0, times, activations };
     let mut rng = Rng::new(seed);
     let (mut counted, mut moved) = (0, Instant::now());
     let began = Instant::now();
@@ -136,6 +140,7 @@ fn checkpoints(vcpus: u8, count: u64) {
     for (times, name) in run.times.iter_mut().zip(["quiesce", "kick", "of it state", "capture", "dirty log", "copy"]) {
         println!("{}", times.line(name));
     }
+    println!("{}", run.activations.line("activation"));
     assert_eq!(run.mismatches, 0);
     assert!(answers > count / 10, "the guest served {answers} requests in {count} checkpoints");
 }

@@ -4,22 +4,24 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use tests::machine::client::say;
 use tests::machine::{Recorder, build, demo_config};
 use vmm::{ClockPolicy, Machine, MachineConfig, PausedVm, SocketPort};
 
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(300);
 /// Pauses while the guest boots; every tenth goes on in a fresh machine.
 const PAUSES_EVERY: Duration = Duration::from_millis(200);
 
-/// Boots `FT_LINUX` (a vmlinux) with `FT_INITRD`, whose init must print `INIT REACHED`, with the words of `FT_CMDLINE`. With
+/// Boots `FT_LINUX` (a vmlinux) with `FT_INITRD`, whose init must print `INIT REACHED`, give eth0 the address 10.77.0.10/24, echo on
+/// TCP port 7 and print `ALIVE` then; with the words of `FT_CMDLINE`. With
 /// `FT_LINUX_PAUSES=1` the guest is stopped and moved into fresh machines all the way.
 #[test]
 #[ignore = "by hand: needs FT_LINUX, FT_INITRD and FT_CMDLINE"]
-fn linux_reaches_init() {
+fn linux_reaches_init_and_echoes() {
     drop(env_logger::builder().is_test(true).try_init());
     let path = |name: &str| PathBuf::from(std::env::var_os(name).unwrap_or_else(|| panic!("{name} is not set")));
-    let (outputs, _frames) = Recorder::new();
-    let (guest_end, _host_end) = SocketPort::pair().expect("a socket pair");
+    let (outputs, frames) = Recorder::new();
+    let (guest_end, host_end) = SocketPort::pair().expect("a socket pair");
     let port = Arc::new(guest_end);
     let config = MachineConfig {
         initrd: Some(path("FT_INITRD")),
@@ -36,7 +38,7 @@ fn linux_reaches_init() {
         let console = String::from_utf8_lossy(&outputs.console()).into_owned();
         if console.contains("INIT REACHED") && console.contains("ALIVE") {
             println!("{console}\nafter {:?} and {moves} moves", began.elapsed());
-            return;
+            break;
         }
         let ended = machine.events().try_recv();
         assert!(
@@ -64,4 +66,6 @@ fn linux_reaches_init() {
             }
         }
     }
+    let echo = say(frames, Arc::new(host_end), 7, "is anybody there?", PATIENCE).expect("an echo over virtio-net");
+    assert_eq!(echo, "is anybody there?");
 }

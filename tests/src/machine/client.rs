@@ -122,6 +122,24 @@ impl Counter {
     }
 }
 
+/// Says `line` once over TCP to `port` of the guest and returns the line that comes back.
+///
+/// # Errors
+/// When no line came within `patience`, or the connection broke.
+pub fn say(
+    from_guest: Receiver<Vec<u8>>,
+    to_guest: Arc<SocketPort>,
+    port: u16,
+    line: &str,
+    patience: Duration,
+) -> Result<String, String> {
+    let mut client = Client::new(Cable { from_guest, to_guest, waiting: None });
+    client.connect(port)?;
+    let deadline = std::time::Instant::now() + patience;
+    let late = || std::time::Instant::now() > deadline;
+    client.ask(line, late)?.ok_or_else(|| format!("no answer within {patience:?}"))
+}
+
 struct Client {
     cable: Cable,
     interface: Interface,
@@ -145,11 +163,8 @@ impl Client {
     }
 
     fn live(mut self, prelude: &[String], count: &AtomicU64, ending: &AtomicBool) -> Result<(), String> {
-        let socket = self.sockets.get_mut::<tcp::Socket<'_>>(self.handle);
-        socket.set_nagle_enabled(false);
-        socket
-            .connect(self.interface.context(), (IpAddress::Ipv4(GUEST_IP), GUEST_PORT), CLIENT_PORT)
-            .map_err(|e| format!("connect: {e}"))?;
+        self.connect(GUEST_PORT)?;
+        let ending = || ending.load(Ordering::SeqCst);
         for command in prelude {
             let Some(answer) = self.ask(command, ending)? else { return Ok(()) };
             if !answer.starts_with(['+', ':']) {
@@ -167,11 +182,18 @@ impl Client {
         Ok(())
     }
 
+    fn connect(&mut self, port: u16) -> Result<(), String> {
+        let socket = self.sockets.get_mut::<tcp::Socket<'_>>(self.handle);
+        socket.set_nagle_enabled(false);
+        let to = (IpAddress::Ipv4(GUEST_IP), port);
+        socket.connect(self.interface.context(), to, CLIENT_PORT).map_err(|e| format!("connect: {e}"))
+    }
+
     /// Sends one inline command and waits for one line; `None` when the test ends meanwhile.
-    fn ask(&mut self, command: &str, ending: &AtomicBool) -> Result<Option<String>, String> {
+    fn ask(&mut self, command: &str, ending: impl Fn() -> bool) -> Result<Option<String>, String> {
         let line = format!("{command}\r\n").into_bytes();
         let mut sent = 0;
-        while !ending.load(Ordering::SeqCst) {
+        while !ending() {
             self.interface.poll(Instant::now(), &mut self.cable, &mut self.sockets);
             let socket = self.sockets.get_mut::<tcp::Socket<'_>>(self.handle);
             if !socket.is_open() {
