@@ -18,7 +18,7 @@ struct Scene {
 
 impl Scene {
     fn new() -> Self {
-        let scene = Self { directory: tempfile::tempdir().unwrap() };
+        let scene = Self { directory: tempfile::tempdir().expect("a directory") };
         let text = r#"
             [vm]
             name = "web1"
@@ -39,7 +39,7 @@ impl Scene {
             control = "b.sock"
             state_dir = "b"
         "#;
-        fs::write(scene.config(), text).unwrap();
+        fs::write(scene.config(), text).expect("written");
         scene
     }
 
@@ -48,23 +48,23 @@ impl Scene {
     }
 
     fn board(&self) -> StatusBoard {
-        let config = PairConfig::load(&self.config()).unwrap();
-        let me = config.pick("a").unwrap();
+        let config = PairConfig::load(&self.config()).expect("a good file");
+        let me = config.pick("a").expect("a node");
         StatusBoard::new(&Labels::new(&config, &me, Incarnation(5)), NodeRole::Primary)
     }
 
     fn ftctl(&self, words: &[&str]) -> (i32, String, String) {
         let output = Command::cargo_bin("ftctl")
-            .unwrap()
+            .expect("built")
             .arg("--config")
             .arg(self.config())
             .args(["--node", "a"])
             .args(words)
             .timeout(Duration::from_secs(30))
             .output()
-            .unwrap();
-        let text = |bytes| String::from_utf8(bytes).unwrap();
-        (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
+            .expect("ended in time");
+        let text = |bytes| String::from_utf8(bytes).expect("text");
+        (output.status.code().expect("an exit code"), text(output.stdout), text(output.stderr))
     }
 }
 

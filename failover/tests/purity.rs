@@ -25,8 +25,8 @@ fn rust_files(place: &Path, found: &mut Vec<PathBuf>) {
         found.push(place.to_path_buf());
         return;
     }
-    for entry in fs::read_dir(place).unwrap() {
-        rust_files(&entry.unwrap().path(), found);
+    for entry in fs::read_dir(place).expect("readable") {
+        rust_files(&entry.expect("readable").path(), found);
     }
 }
 

@@ -57,8 +57,9 @@ enum State {
     Ended,
 }
 
-/// What a compare-and-swap is for.
+/// What was asked of the arbiter.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[expect(clippy::large_enum_variant, reason = "there is at most one at a time")]
 enum Request {
     Read,
     Cas { expected: Option<Revision>, record: Record },

@@ -19,6 +19,7 @@ pub struct Ticket(pub u64);
 
 /// What to ask the arbiter.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[expect(clippy::large_enum_variant, reason = "there is at most one at a time")]
 pub enum ArbiterRequest {
     /// Read the record.
     Read,
@@ -234,7 +235,8 @@ pub enum Input {
         /// Why.
         reason: GoodbyeReason,
     },
-    /// The data connection is gone.
+    /// The data connection is gone. A stream that makes no progress while heartbeats go on is the shell's to notice and to close: the core sees
+    /// neither bytes nor acks.
     LinkLost(LinkLoss),
     /// Any verified frame, or a refusal, named a higher generation than ours.
     HigherGenerationSeen(Generation),

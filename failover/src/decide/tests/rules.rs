@@ -66,7 +66,8 @@ fn start_waits_for_the_arbiter_and_boots_nothing_without_it() {
 
 #[test]
 fn stop_and_power_off_keep_the_guest_off_on_both_sides() {
-    let ends: [(fn(&mut World), ExitCode); 4] = [
+    type End = fn(&mut World);
+    let ends: [(End, ExitCode); 4] = [
         (|world| world.command(A, Command::Stop), ExitCode::Ok),
         (|world| world.input(A, Input::GuestEnded(GuestEnd::PoweredOff)), ExitCode::Ok),
         (|world| world.input(A, Input::GuestEnded(GuestEnd::Reset)), ExitCode::GuestReset),

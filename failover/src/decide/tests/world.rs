@@ -383,12 +383,10 @@ impl World {
                     self.input(at, Input::BackupJoined { backup: from });
                 }
             }
-            Message::BaseBegin => {
-                if !self.view(at).owner {
-                    self.nodes[at].connection = Some(connection);
-                    self.nodes[at].committed = None;
-                    self.input(at, Input::BaseBegun { owner: from });
-                }
+            Message::BaseBegin if !self.view(at).owner => {
+                self.nodes[at].connection = Some(connection);
+                self.nodes[at].committed = None;
+                self.input(at, Input::BaseBegun { owner: from });
             }
             Message::BaseEnd(epoch) if same => {
                 self.nodes[at].committed = Some(epoch);
