@@ -122,7 +122,7 @@ fn load(pair: &mut Pair, writer: &Writer, rng: &mut Rng) -> Result<Before> {
     let until = Instant::now() + rng.duration(LOAD_BEFORE.0, LOAD_BEFORE.1);
     // A little before the kill, and not always equally long, so that asking does not decide where in an epoch the kill falls.
     thread::sleep(until.saturating_duration_since(Instant::now()).saturating_sub(Duration::from_millis(100)));
-    let status = pair.status(Node::A).ok();
+    let status = pair.status(Node::A)?;
     thread::sleep(until.saturating_duration_since(Instant::now()));
     pair.daemon(Node::A).check()?;
     if writer.acked() == 0 {
@@ -133,9 +133,9 @@ fn load(pair: &mut Pair, writer: &Writer, rng: &mut Rng) -> Result<Before> {
         });
     }
     Ok(Before {
-        epochs: status.as_ref().and_then(|s| s.number("epoch")),
-        pause_us: status.as_ref().and_then(|s| s.points("epoch_pause_us")),
-        hold_ms: status.as_ref().and_then(|s| s.points("output_hold_ms")),
+        epochs: status.number("epoch"),
+        pause_us: status.timing("pause", 1e-6),
+        hold_ms: status.timing("output_hold", 1e-3),
     })
 }
 

@@ -8,7 +8,7 @@ use super::{Error, Result};
 #[derive(Clone, Debug)]
 pub struct Status(Value);
 
-/// Three points of a distribution, in the unit of the field they came from.
+/// Three points of a distribution.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Points {
     /// Median.
@@ -48,16 +48,36 @@ impl Status {
         self.0[field].as_bool()
     }
 
-    /// A distribution of the document.
+    /// One of the document's `timings`, for example `pause`, in units of `unit_seconds` (0.001 for milliseconds). `None` when there
+    /// is no such timing, or nothing was measured yet.
     #[must_use]
-    pub fn points(&self, field: &str) -> Option<Points> {
-        let part = |name: &str| self.0[field][name].as_f64();
-        Some(Points { p50: part("p50")?, p99: part("p99")?, max: part("max")? })
+    pub fn timing(&self, name: &str, unit_seconds: f64) -> Option<Points> {
+        let timing = &self.0["timings"][name];
+        let part = |field: &str| timing[field].as_f64().map(|seconds| seconds / unit_seconds);
+        if timing["count"].as_u64()? == 0 {
+            return None;
+        }
+        Some(Points { p50: part("p50_seconds")?, p99: part("p99_seconds")?, max: part("max_seconds")? })
     }
 
     /// The whole document.
     #[must_use]
     pub fn json(&self) -> &Value {
         &self.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn timings_in_their_unit() {
+        let text = r#"{"schema":"ft.status/1","state":"protected","timings":{
+            "pause":{"count":2,"p50_seconds":0.001,"p99_seconds":0.002,"max_seconds":0.004},"ack":{"count":0}}}"#;
+        let status = Status::parse(text).unwrap();
+        assert_eq!(status.timing("pause", 1e-3), Some(Points { p50: 1.0, p99: 2.0, max: 4.0 }));
+        assert_eq!((status.timing("ack", 1.0), status.timing("other", 1.0)), (None, None));
+        assert!(Status::parse(r#"{"schema":"ft.status/2"}"#).is_err() && Status::parse("").is_err());
     }
 }
