@@ -43,6 +43,19 @@ pub(crate) struct Gate {
     changed: Condvar,
 }
 
+/// The I/O thread is inside. A panic in there leads out too: who closes the gate must not wait for ever.
+struct Inside<'g>(&'g Gate);
+
+impl Drop for Inside<'_> {
+    fn drop(&mut self) {
+        let mut state = self.0.lock();
+        state.inside = false;
+        if !state.open {
+            self.0.changed.notify_all();
+        }
+    }
+}
+
 #[derive(Default)]
 struct GateState {
     open: bool,
@@ -55,22 +68,17 @@ impl Gate {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for an open gate and steps in; false when the machine ends.
-    fn enter(&self) -> bool {
+    /// Waits for an open gate and steps in; `None` when the machine ends.
+    fn enter(&self) -> Option<Inside<'_>> {
         let mut state = self.lock();
         while !state.open && !state.ending {
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
-        state.inside = !state.ending;
-        state.inside
-    }
-
-    fn leave(&self) {
-        let mut state = self.lock();
-        state.inside = false;
-        if !state.open {
-            self.changed.notify_all();
+        if state.ending {
+            return None;
         }
+        state.inside = true;
+        Some(Inside(self))
     }
 
     /// Lets the I/O thread in again.
@@ -157,11 +165,9 @@ fn run(poll: &mut Poll, devices: &Devices, gate: &Gate) {
         }
         // Which descriptor became ready does not matter: there are few, and asking an idle one costs one system call.
         loop {
-            if !gate.enter() {
-                return;
-            }
+            let Some(inside) = gate.enter() else { return };
             let more = turn(devices);
-            gate.leave();
+            drop(inside);
             if more == Pumped::Idle {
                 break;
             }
