@@ -10,6 +10,7 @@ use super::server;
 use super::tcb::Table;
 use super::tcp::Tcp;
 use super::wire::{self, Packet, Station};
+use crate::dirty::{DirtyLedger, DirtySet};
 use crate::machine::RestoreError;
 use crate::memory::{GuestRam, PAGE_SIZE};
 use crate::section::{Section, SectionKind};
@@ -93,6 +94,16 @@ impl ModelProgram {
     /// Guest time in nanoseconds: that of the last step or [`ModelProgram::pass_time`].
     pub fn now(&self) -> u64 {
         self.registers.now
+    }
+
+    /// Guest RAM.
+    pub fn ram(&self) -> &Arc<GuestRam> {
+        &self.ram
+    }
+
+    /// The pages written since the last call, united with what was given back to `ledger`, which belongs to the same RAM.
+    pub fn take_dirty(&self, ledger: &Arc<DirtyLedger>) -> DirtySet {
+        ledger.take(&[&self.ram.take_own_writes()])
     }
 
     /// The registers, as the one section of this machine.
