@@ -600,7 +600,7 @@ impl Core {
                     self.known.as_ref().is_some_and(|known| known.record.in_sync.as_ref() == Some(&self.config.me));
                 if self.mine.is_none() && report.protected && !in_sync {
                     // The record names us by now; to know its revision saves a read when it matters.
-                    self.probe_at = self.probe_at.min(now);
+                    self.probe_at = self.probe_at.min(self.retry_at.unwrap_or(now));
                 }
             }
         }

@@ -179,6 +179,12 @@ impl Core {
     // ---- goals -------------------------------------------------------------------------------------------------------------------
 
     pub(super) fn advance_solo(&mut self, now: Duration, out: &mut Vec<Action>) {
+        let named = self.known.as_ref().is_some_and(|known| known.record.in_sync.is_some());
+        if named && !self.stale && !self.blind {
+            // Not written by this process: a person edited the record. It must not name anybody while output is open.
+            self.hold(out);
+            return self.go(State::Contending { backup: None }, ReasonCode::NotInSync, now);
+        }
         let trusted = !self.stale && self.alarm.is_none() && !self.blind && self.settled();
         if !self.protect || now < self.protect_after || !trusted {
             return;

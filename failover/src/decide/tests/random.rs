@@ -53,6 +53,41 @@ fn inject(world: &mut World, fault: Fault) {
     }
 }
 
+/// A slow arbiter and a nervous link: what rules R3 and R5 are about.
+fn nervous() -> impl Strategy<Value = Fault> {
+    let side = 0..2_usize;
+    prop_oneof![
+        3 => (side.clone(), any::<bool>()).prop_map(|(at, on)| Fault::Cut(at, on)),
+        3 => (side.clone(), (0..600_u64)).prop_map(|(at, late)| Fault::Arbiter(at, Service::Late(ms(late)))),
+        2 => side.clone().prop_map(|at| Fault::Arbiter(at, Service::Good)),
+        1 => side.clone().prop_map(Fault::Link),
+        1 => side.prop_map(Fault::Kill),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { max_shrink_iters: 2000, ..ProptestConfig::default() })]
+
+    #[test]
+    fn lost_and_late_answers_of_the_arbiter_never_lose_an_output(
+        faults in prop::collection::vec((0..300_u64, nervous()), 10..80),
+    ) {
+        let mut world = World::new();
+        world.start(A, Role::Primary);
+        world.run(ms(50));
+        world.start(B, Role::Backup);
+        for (wait, fault) in faults {
+            world.run(ms(wait));
+            inject(&mut world, fault);
+            for at in [A, B] {
+                inject(&mut world, Fault::Start(at, true));
+            }
+        }
+        // The world itself checks every step; nothing late may be pending at its end.
+        world.run(ms(3000));
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { max_shrink_iters: 2000, ..ProptestConfig::default() })]
 

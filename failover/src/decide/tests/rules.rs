@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use replication_proto::Generation;
+use replication_proto::{Epoch, Generation, Incarnation, VmId};
 
 use super::super::*;
 use super::world::{A, B, Guest, Service, World, ms};
@@ -243,9 +243,8 @@ fn r3_solo_is_not_concluded_from_a_read_while_an_own_sync_write_may_still_land()
     world.start(A, Role::Primary);
     world.run(ms(100));
     world.start(B, Role::Backup);
-    world.run_until(ms(1000), |world| world.view(A).reason == ReasonCode::ClosingIn).expect("closing in");
     world.nodes[A].service = Service::Late(ms(300));
-    world.run_until(ms(1000), |world| world.view(A).arbiter_pending.is_some()).expect("sync write");
+    world.run_until(ms(2000), |world| world.late == 1).expect("the sync write");
     world.nodes[A].service = Service::Good;
     world.cut = [true; 2];
     let before = world.record.clone().unwrap().revision;
@@ -256,6 +255,71 @@ fn r3_solo_is_not_concluded_from_a_read_while_an_own_sync_write_may_still_land()
     world.run(ms(1000));
     assert_eq!(world.record, Some(record), "the late write found another revision");
     assert_eq!(world.running(), [A]);
+}
+
+#[test]
+fn r4_the_record_must_name_this_very_process_and_it_must_have_a_base() {
+    let node = |name: &str, incarnation| NodeRef { node: name.parse().unwrap(), incarnation: Incarnation(incarnation) };
+    for (named, hollow, takes_over) in [(2, false, true), (3, false, false), (2, true, false)] {
+        let config = CoreConfig {
+            vm: VmId(7),
+            me: node("b", 2),
+            peer: node("a", 0).node,
+            role: Role::Backup,
+            highest_generation: Generation(0),
+            on_backup_loss: OnBackupLoss::Solo,
+            cold_start: ColdStart::Owner,
+            force_cold_boot: false,
+            timers: CoreTimers::default(),
+        };
+        let mut core = Core::new(config);
+        core.handle(Input::Started, ms(0));
+        core.handle(Input::BaseBegun { owner: node("a", 1) }, ms(1));
+        core.handle(Input::BaseCommitted { peer: node("a", 1), epoch: Epoch(1) }, ms(2));
+        if hollow {
+            core.handle(Input::BaseBegun { owner: node("a", 1) }, ms(2));
+        }
+        let record = Record {
+            v: RECORD_VERSION,
+            cluster_id: VmId(7),
+            generation: Generation(1),
+            owner: node("a", 1),
+            in_sync: Some(node("b", named)),
+            reason: Reason::Protected,
+            written_by: node("a", 1),
+            note: String::new(),
+        };
+        let answer = Answer::Read(Ok(Some(Versioned { revision: Revision(5), record })));
+        core.handle(Input::Arbiter { op: OpId(1), answer: answer.clone() }, ms(3));
+        let mut writes = 0;
+        // Silence. Whatever it reads again is the same record.
+        for at in (10..3000).step_by(10) {
+            for action in core.handle(Input::Tick, ms(at)) {
+                match action {
+                    Action::Arbiter { op, request: ArbiterRequest::Read } => {
+                        core.handle(Input::Arbiter { op, answer: answer.clone() }, ms(at));
+                    }
+                    Action::Arbiter { request: ArbiterRequest::Cas { .. }, .. } => writes += 1,
+                    _ => {}
+                }
+            }
+        }
+        assert_eq!(writes > 0, takes_over, "incarnation {named} is named, this one is 2, hollow: {hollow}");
+    }
+}
+
+#[test]
+fn r3_protected_is_not_concluded_from_a_read_while_an_own_solo_write_may_still_land() {
+    let mut world = World::protected();
+    world.nodes[A].service = Service::Late(ms(400));
+    world.cut = [true; 2];
+    world.run_until(ms(500), |world| world.late == 1).expect("the solo write");
+    // The link is back before the write lands, and before anybody took over. The world checks each claim of PROTECTED.
+    world.nodes[A].service = Service::Good;
+    world.cut = [false; 2];
+    world.run(ms(1000));
+    assert_eq!(world.running(), [A]);
+    assert!(world.run_until(ms(3000), |world| world.state(A) == StateName::Protected).is_some());
 }
 
 #[test]

@@ -96,6 +96,8 @@ pub(super) struct World {
     /// Messages *from* this node are lost.
     pub(super) cut: [bool; 2],
     pub(super) writes: usize,
+    /// Writes whose answer is lost and that are applied later.
+    pub(super) late: usize,
     pub(super) hold_policy: bool,
     pub(super) cold_start: ColdStart,
     pub(super) promotions: Vec<(Generation, u64)>,
@@ -142,6 +144,7 @@ impl World {
             record: None,
             cut: [false; 2],
             writes: 0,
+            late: 0,
             hold_policy: false,
             cold_start: ColdStart::Owner,
             promotions: vec![],
@@ -581,6 +584,7 @@ impl World {
                 (Answer::Cas(CasOutcome::Unknown("lost".into())), ms(5))
             }
             (ArbiterRequest::Cas { expected, record }, Service::Late(delay)) => {
+                self.late += 1;
                 self.after(delay, Event::Apply { expected, record });
                 (Answer::Cas(CasOutcome::Unknown("lost".into())), ms(5))
             }
@@ -620,9 +624,10 @@ impl World {
             let Some(core) = &node.core else { continue };
             let view = core.view(self.now);
             assert_eq!(view.gate, node.gate, "the shell's gate is the core's gate");
-            if view.protected && view.owner && !self.forced_alone() {
-                // G11, as far as one side can know it: the record named the backup when it was last heard of.
-                assert!(matches!(node.gate, Gate::OnAck(_)));
+            if let (true, true, Some(stored)) = (view.protected, view.owner, &self.record) {
+                // G11: as long as nobody took over, the record names the backup that output waits for. (A lower generation: a rolled-back arbiter.)
+                let named = stored.record.in_sync.clone().map(Gate::OnAck);
+                assert!(stored.record.generation != view.generation || named == Some(view.gate), "falsely PROTECTED");
             }
         }
         // Two guests run with output open only if an operator vouched for it.
