@@ -40,6 +40,8 @@ fn killed(scene: &mut Scene, gap_limit: Duration, kill: fn(&mut Pair, Node) -> R
         let counters = Counters::start(pair.network().client(), 4, PATIENCE)?;
         thread::sleep(rng.duration(Duration::from_millis(300), Duration::from_millis(1_500)));
         let generation = pair.status(Node::A)?.number("generation");
+        // A host too busy for the heartbeats may just have lost protection; the promise is about a protected guest.
+        pair.wait_protected(Node::A, PATIENCE)?;
         let killed_us = kill(pair, Node::A)?;
         let activated = pair.wait_event(Node::B, killed_us, TAKEOVER_LIMIT, "takeover", |e| e.event == "activated")?;
         wait_for_work(&writer, activated.mono_us)?;

@@ -85,6 +85,7 @@ fn primary_killed(scene: &mut Scene) -> Result<()> {
         let mut rng = Rng::new(11);
         thread::sleep(rng.duration(Duration::from_secs(1), Duration::from_secs(3)));
         assert!(!finished.is_finished(), "the benchmark is over before the kill; raise FT_BENCH_N");
+        pair.wait_protected(Node::A, START_LIMIT)?;
         let killed_us = pair.kill(Node::A)?;
         pair.wait_event(Node::B, killed_us, Duration::from_secs(10), "takeover", |e| e.event == "activated")?;
         check(finished.join().expect("the benchmark's thread does not panic")?)
