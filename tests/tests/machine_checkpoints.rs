@@ -17,6 +17,8 @@ use vmm::{ClockPolicy, KvmMachine, Machine, MachineConfig, PausedVm, SocketPort}
 
 const DEFAULT_CHECKPOINTS: u64 = 5_000;
 const RESTORE_EVERY: u64 = 100;
+/// A long run says every so often that it is alive.
+const WORD_EVERY: u64 = 10_000;
 /// How long the client may stand still before that counts as a failure.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -117,6 +119,9 @@ fn checkpoints(vcpus: u8, count: u64) {
         run.checkpoint(n % RESTORE_EVERY == 0);
         if client.count() > counted {
             (counted, moved) = (client.count(), Instant::now());
+        }
+        if n % WORD_EVERY == 0 {
+            eprintln!("{n} checkpoints, {} mismatches, {counted} answers", run.mismatches);
         }
         let stands_still = moved.elapsed() > PATIENCE || !client.is_alive();
         if stands_still {

@@ -181,6 +181,26 @@ fn rings_outside_ram_never_become_ready() {
 }
 
 #[test]
+fn ready_queue_cannot_be_moved() {
+    if no_kvm() {
+        return;
+    }
+    let bench = bench(&config("/nowhere".into(), 1));
+    let driver = Driver(&bench.machine);
+    driver.negotiate();
+    driver.queue(1, &TX);
+    assert_eq!(driver.read(0x44), 1);
+    driver.write(0x90, 0x8000_0000);
+    driver.write(0x38, 4);
+    let saved = section(&bench.machine);
+    lock(&bench.machine.devices.virtio[0]).restore(&saved, bench.machine.ram.tracked()).unwrap();
+    driver.write(0x70, 15);
+    driver.offer(&TX, 0, HEADER + 60, false);
+    driver.kick(1);
+    assert_eq!(bench.heard.frames.lock().unwrap().len(), 1, "still where it was");
+}
+
+#[test]
 fn features_that_were_not_offered_are_not_agreed_to() {
     if no_kvm() {
         return;

@@ -177,6 +177,10 @@ impl VirtioMmio {
         }
         let index = usize::try_from(self.queue_sel).unwrap_or(usize::MAX);
         let Some(queue) = self.queues.get_mut(index) else { return };
+        // A queue that is ready was checked as it is.
+        if queue.ready() && offset != register::QUEUE_READY {
+            return;
+        }
         let accepted = match offset {
             register::QUEUE_NUM => u16::try_from(value).is_ok_and(|size| queue.try_set_size(size).is_ok()),
             register::QUEUE_READY => {
