@@ -62,7 +62,8 @@ fn say(pair: &Pair, bytes: Vec<u8>) -> Result<()> {
 
 /// B throws every stranger out, stays in sync meanwhile, and can be promoted afterwards.
 fn foreign_bytes_on_the_replication_port(scene: &mut Scene) -> Result<()> {
-    let pair = scene.protected_small()?;
+    let options = scene.patient_options();
+    let pair = scene.protected(&options)?;
     let writer = pair.start_writer(WriterConfig::default())?;
     let at = clock::mono_us();
     for bytes in foreign_streams() {
@@ -84,7 +85,8 @@ fn foreign_bytes_on_the_replication_port(scene: &mut Scene) -> Result<()> {
 
 /// Each line gets an answer or a closed connection; the process goes on.
 fn foreign_bytes_on_the_control_socket(scene: &mut Scene) -> Result<()> {
-    let pair = scene.protected_small()?;
+    let options = scene.patient_options();
+    let pair = scene.protected(&options)?;
     let lines: [Vec<u8>; 8] = [
         b"\n".to_vec(),
         b"{}\n".to_vec(),

@@ -8,7 +8,7 @@ use std::time::Duration;
 use tests::on_both_machines;
 use tests::real::client::WriterConfig;
 use tests::real::counters::Counters;
-use tests::real::pair::PairOptions;
+use tests::real::pair::{PairOptions, START_LIMIT};
 use tests::real::resp::Reply;
 use tests::real::scene::Scene;
 use tests::real::{Error, Node, Result};
@@ -42,7 +42,7 @@ fn resident_memory_is_bounded(scene: &mut Scene) -> Result<()> {
         println!("{node}: resident {} MiB, at most {} MiB, limit {} MiB", now >> 20, most >> 20, LIMIT >> 20);
         assert!(most <= LIMIT, "{node}: {most} bytes resident, {LIMIT} allowed");
     }
-    pair.wait_state(Node::A, "protected", Duration::ZERO)?;
+    pair.wait_protected(Node::A, START_LIMIT)?;
     assert_eq!(counters.finish().violations, Vec::<String>::new());
     let report = writer.finish(pair.network().client());
     assert!(report.connection_survived() && report.same.complete(report.acks.len()), "{:?}", report.connection_error);

@@ -54,6 +54,12 @@ impl Scene {
         PairOptions { memory: "128MiB".into(), ..PairOptions::new(self.machine) }
     }
 
+    /// Small options with timers that a busy host does not run into, for tests whose subject is not time.
+    #[must_use]
+    pub fn patient_options(&self) -> PairOptions {
+        PairOptions { extra: "[timers]\nsolo = \"2s\"\ntakeover = \"4s\"\n".into(), ..self.options() }
+    }
+
     /// Wires and files of a pair, nothing started. A pair from before is taken down first.
     pub fn prepare(&mut self, options: &PairOptions) -> Result<&mut Pair> {
         self.pair = None;
