@@ -2,11 +2,9 @@
 //! be undone, and every step is milliseconds or less.
 
 use std::io;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use failover::RunPermit;
-use primary::epoch::EpochParts;
 use primary::host::Host;
 use primary::output::held::{HELD_SECTION, HeldError, HeldFrames};
 use primary::runner::{Runner, RunnerEvent};
@@ -77,7 +75,7 @@ pub fn activate(
     let began = Instant::now();
     let Waiting { link, applier, standby, taps } = waiting;
     // 1. No acknowledgement leaves from here on; the incomplete epoch is dropped.
-    let holding = link.close();
+    let (holding, inbound) = link.close();
     // 2. Every committed checkpoint is in memory.
     let Applied { epoch, sections } = applier.finish().ok_or(ActivateError::Hollow)?;
     assert_eq!(holding, Holding::Whole(epoch), "memory holds exactly the last committed epoch");
@@ -91,13 +89,14 @@ pub fn activate(
     announce(&host.gate, &host.macs(), &held.speakers)?;
     // 5. What the guest said in its last committed epoch may have died with the primary: say it again.
     held.frames.iter().for_each(|(nic, frame)| host.gate.send_for_guest(*nic, frame));
-    // 6. What was said to it meanwhile.
-    for (nic, frames) in taps.stop() {
+    // 6. What was said to it since that epoch: to the primary, and on this tap.
+    for (nic, heard_here) in taps.stop() {
+        let mut frames = inbound.of(nic);
+        frames.extend(heard_here);
         machine.queue_inbound(nic, frames);
     }
     // 7. Run, on the strength of the permit. Queues count as kicked, pending interrupts are raised again.
-    let parts =
-        EpochParts { gate: Arc::clone(&host.gate), arena: Arc::clone(&host.arena), metrics: Arc::clone(&host.metrics) };
+    let parts = host.epoch_parts();
     let runner = Runner::start(machine, parts, epoch, host.config.epoch.interval, host.clock, tell)?;
     runner.run(permit)?;
     Ok(Activated { runner, epoch, resent: held.frames.len(), took: began.elapsed() })

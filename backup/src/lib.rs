@@ -2,6 +2,7 @@
 //!
 //! In reading order:
 //! * [`inbox`]: the incomplete epoch, which the standby never sees
+//! * [`inbound`]: copies of frames that reached the guest in epochs that are not committed
 //! * [`commit`]: **the story** of a commit: verify, commit, acknowledge
 //! * [`standby`]: the machine that never ran, and the thread that applies committed checkpoints
 //! * [`activate`]: **the other story**: the standby becomes the machine that runs
@@ -13,6 +14,7 @@
 pub mod activate;
 pub mod announce;
 pub mod commit;
+pub mod inbound;
 pub mod inbox;
 pub mod link;
 pub mod silent;

@@ -20,6 +20,7 @@ use replication_proto::{Epoch, Generation, Identity};
 use replication_proto::{Receiver, ReceiverConfig, ReceiverEvent};
 
 use crate::commit::{CommitError, Commits, Holding};
+use crate::inbound::Inbound;
 use crate::inbox::{Destination, Inbox, InboxError, PageBatch};
 use crate::standby::Applier;
 
@@ -99,7 +100,7 @@ pub struct LinkHandle {
 /// The link's thread.
 pub struct LinkThread {
     handle: LinkHandle,
-    thread: JoinHandle<Holding>,
+    thread: JoinHandle<(Holding, Inbound)>,
 }
 
 /// A link that listens and has no thread yet.
@@ -149,6 +150,7 @@ impl LinkBuilder {
             shared: Arc::clone(&handle.shared),
             config,
             inbox,
+            inbound: Inbound::default(),
             commits,
             applier,
             clock,
@@ -193,8 +195,9 @@ impl LinkThread {
         self.handle.clone()
     }
 
-    /// Ends the thread: when this returns, nothing is committed or acknowledged any more and the incomplete epoch is dropped.
-    pub fn close(self) -> Holding {
+    /// Ends the thread: when this returns, nothing is committed or acknowledged any more and the incomplete epoch is dropped. Hands over the frames that
+    /// reached the guest after the last commit.
+    pub fn close(self) -> (Holding, Inbound) {
         self.handle.shared.stopping.store(true, Ordering::Release);
         self.handle.wake();
         self.thread.join().expect("the link thread does not panic")
@@ -222,6 +225,7 @@ struct Server {
     shared: Arc<LinkShared>,
     config: ReceiverConfig,
     inbox: Inbox,
+    inbound: Inbound,
     commits: Commits,
     applier: Applier,
     clock: Clock,
@@ -232,7 +236,7 @@ struct Server {
 }
 
 impl Server {
-    fn run(mut self) -> Holding {
+    fn run(mut self) -> (Holding, Inbound) {
         let mut ready = Events::with_capacity(64);
         let mut buffer = vec![0; READ_BUFFER_BYTES];
         while !self.shared.stopping.load(Ordering::Acquire) {
@@ -260,7 +264,7 @@ impl Server {
         // Rule R2: nothing is acknowledged once the takeover is known here.
         let holding = self.commits.close();
         self.inbox.drop_incomplete();
-        holding
+        (holding, self.inbound)
     }
 
     // ---- strangers ---------------------------------------------------------------------------------------------------------------
@@ -425,6 +429,7 @@ impl Server {
                 self.inbox.begin(epoch, kind)?;
                 if kind == CheckpointKind::Base {
                     self.commits.begin_base();
+                    self.inbound.clear();
                     (self.tell)(LinkEvent::BaseBegun(peer));
                 }
             }
@@ -436,12 +441,14 @@ impl Server {
             (ReceiverEvent::Section { kind, version, bytes }, _) => self.inbox.section(kind, version, &bytes)?,
             (ReceiverEvent::End(end), Some(peer)) => {
                 let committed = self.commits.commit(self.inbox.take()?, &end)?;
+                self.inbound.committed(end.epoch);
                 self.applier.apply(committed);
                 (self.tell)(match end.kind {
                     CheckpointKind::Base => LinkEvent::BaseCommitted(peer, end.epoch),
                     CheckpointKind::Delta => LinkEvent::Committed(end.epoch),
                 });
             }
+            (ReceiverEvent::Inbound { epoch, nic, frame }, _) => self.inbound.keep(epoch, nic, &frame),
             (ReceiverEvent::Goodbye(goodbye), Some(peer)) => (self.tell)(LinkEvent::Goodbye(peer, goodbye.reason)),
             (other, None) => unreachable!("the receiver opens first: {other:?}"),
         }

@@ -11,7 +11,6 @@ use failover::arbiter::NodeRef;
 use failover::decide::{Action, Input, LinkLoss};
 use failover::exit::ExitCode;
 use primary::dial::dial_heartbeat;
-use primary::epoch::EpochParts;
 use primary::events::Event;
 use primary::host::{Flow, Host, HostEvent, core_goodbye};
 use primary::owner::{Owner, OwnerEvent};
@@ -308,11 +307,7 @@ impl Waiter {
         let guest = machine.events();
         let (tell, events) = unbounded();
         let told = tell.clone();
-        let parts = EpochParts {
-            gate: Arc::clone(&host.gate),
-            arena: Arc::clone(&host.arena),
-            metrics: Arc::clone(&host.metrics),
-        };
+        let parts = host.epoch_parts();
         let runner = Runner::start(machine, parts, Epoch(0), host.config.epoch.interval, host.clock, move |event| {
             told.send(OwnerEvent::Runner(event)).ok();
         });

@@ -6,10 +6,11 @@ use std::time::{Duration, Instant};
 use replication_proto::Epoch;
 use vmm::machine::{CaptureError, DirtyError, Machine, PauseError, RunError};
 use vmm::memory::NotRam;
-use vmm::{DirtySet, PausedVm, Section};
+use vmm::{DirtySet, PauseTimings, PausedVm, Section};
 
 use crate::link::Link;
 use crate::metrics::Metrics;
+use crate::mirror::Mirror;
 use crate::output::Gate;
 use crate::output::held::{HELD_SECTION, HELD_VERSION, HeldFrames};
 use crate::staging::{Arena, StagedPages};
@@ -35,6 +36,8 @@ pub struct EpochParts {
     pub gate: Arc<Gate>,
     /// Where its pages are staged.
     pub arena: Arc<Arena>,
+    /// Where inbound frames are told to.
+    pub mirror: Arc<Mirror>,
     /// Where the time goes.
     pub metrics: Arc<Metrics>,
 }
@@ -115,7 +118,7 @@ pub fn checkpoint_base(
     link.end_base(staged)
 }
 
-/// Steps 1 to 7.
+/// Step 1, then [`stage`].
 fn take(
     machine: &mut dyn Machine,
     parts: &EpochParts,
@@ -125,10 +128,42 @@ fn take(
 ) -> Result<StagedCheckpoint, CheckpointError> {
     // 1. The epoch may end only while what is in flight is within its limits.
     link.wait_for_room(&parts.arena)?;
+    let (staged, pause) = stage(machine, parts, epoch, afterwards)?;
+    parts.metrics.paused(&pause, staged.pages.len());
+    link.check_size(epoch, &staged.pages)?;
+    Ok(staged)
+}
+
+/// How long each part of a pause took.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PauseParts {
+    /// What the machine did itself: stop, capture, dirty log, resume.
+    pub machine: PauseTimings,
+    /// Sealing outputs.
+    pub seal: Duration,
+    /// Copying pages out.
+    pub stage: Duration,
+    /// From before the stop until after the resume.
+    pub whole: Duration,
+}
+
+/// Steps 2 to 7: everything that happens while the guest is paused.
+///
+/// # Errors
+/// As [`checkpoint`].
+pub fn stage(
+    machine: &mut dyn Machine,
+    parts: &EpochParts,
+    epoch: Epoch,
+    afterwards: Afterwards,
+) -> Result<(StagedCheckpoint, PauseParts), CheckpointError> {
     // 2. Stop the vCPUs exactly, quiesce devices, drain interrupts.
     let mut paused = PausedVm::pause(machine)?;
+    let began = paused.began();
     // 3. Outputs so far belong to this epoch; before resume, once.
+    let sealing = Instant::now();
     let held = parts.gate.seal(epoch).ok_or(CheckpointError::Fenced)?;
+    let seal = sealing.elapsed();
     // 4. Machine state. May itself write guest memory, so it comes before the dirty set.
     let mut sections = paused.capture()?;
     // 5. Which pages were written, by the guest and by us.
@@ -138,16 +173,14 @@ fn take(
     let pages = parts.arena.stage(paused.ram(), &dirty)?;
     let stage = staging.elapsed();
     // 7. The guest runs on. What follows happens beside it.
-    let began = paused.began();
-    let timings = match afterwards {
+    let machine = match afterwards {
         Afterwards::RunsOn => paused.resume()?,
         Afterwards::StaysStopped => paused.stay_stopped(),
     };
     let resumed = Instant::now();
-    parts.metrics.paused(resumed - began, timings, stage, pages.len());
-    link.check_size(epoch, &pages)?;
     sections.push(held_section(&held));
-    Ok(StagedCheckpoint { epoch, pages, sections, dirty, resumed })
+    let pause = PauseParts { machine, seal, stage, whole: resumed - began };
+    Ok((StagedCheckpoint { epoch, pages, sections, dirty, resumed }, pause))
 }
 
 fn held_section(held: &HeldFrames) -> Section {

@@ -16,9 +16,11 @@ use replication_proto::{Epoch, Facts, HeartbeatBody, Identity, NodeName, RamLayo
 
 use crate::clock::Clock;
 use crate::desk::{Desk, Scene};
+use crate::epoch::EpochParts;
 use crate::events::{Event, EventFile, monotonic_us};
 use crate::link::LinkLimits;
 use crate::metrics::Metrics;
+use crate::mirror::Mirror;
 use crate::output::Gate;
 use crate::pulse::SharedVoice;
 use crate::staging::Arena;
@@ -49,6 +51,8 @@ pub struct Host {
     pub gate: Arc<Gate>,
     /// Where pages are staged.
     pub arena: Arc<Arena>,
+    /// Where inbound frames are told to.
+    pub mirror: Arc<Mirror>,
     /// What is measured.
     pub metrics: Arc<Metrics>,
     /// What happened when.
@@ -91,6 +95,16 @@ impl Host {
     /// Where the peer listens for replication.
     pub fn peer_address(&self) -> SocketAddr {
         self.config.peer_of(self.node()).expect("a pair has a peer").1.replication
+    }
+
+    /// What a checkpoint needs besides the machine.
+    pub fn epoch_parts(&self) -> EpochParts {
+        EpochParts {
+            gate: Arc::clone(&self.gate),
+            arena: Arc::clone(&self.arena),
+            mirror: Arc::clone(&self.mirror),
+            metrics: Arc::clone(&self.metrics),
+        }
     }
 
     /// The guest's MAC addresses, by network device.

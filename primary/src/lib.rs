@@ -5,6 +5,7 @@
 //! * [`link`]: the data connection; the story goes on there to the commit, the release and the retirement
 //! * [`staging`]: buffers that own a checkpoint once the guest runs on
 //! * [`output`]: the gate that holds what the guest says until its epoch is committed
+//! * [`mirror`]: inbound frames, told to the backup as they arrive
 //! * [`bulk`]: the base, copied while the guest runs
 //! * [`pacer`]: when an epoch ends
 //! * [`runner`]: the thread that owns the machine
@@ -22,6 +23,7 @@ pub mod events;
 pub mod host;
 pub mod link;
 pub mod metrics;
+pub mod mirror;
 pub mod output;
 pub mod owner;
 pub mod pacer;

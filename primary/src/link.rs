@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -28,6 +28,8 @@ const WAKE: Token = Token(1);
 /// No further checkpoint is encoded while this many encoded bytes wait for the socket.
 const ENCODED_BYTES_HIGH: usize = 8 << 20;
 const READ_BUFFER_BYTES: usize = 64 << 10;
+/// Inbound frames are not told while so many commands wait for the socket.
+const INBOUND_WAITING_MAX: usize = 1_024;
 
 /// Bounds of a link.
 #[derive(Clone, Copy, Debug)]
@@ -82,6 +84,7 @@ enum Command {
     BasePages(StagedPages),
     EndBase(StagedCheckpoint),
     Checkpoint(StagedCheckpoint),
+    Inbound { epoch: Epoch, nic: u8, frame: Bytes },
     Goodbye(GoodbyeReason),
 }
 
@@ -99,6 +102,8 @@ struct Shared {
     in_flight: Mutex<usize>,
     freed: Condvar,
     closed: AtomicBool,
+    /// The epoch that inbound frames belong to.
+    running: AtomicU64,
     /// We want no more of this connection, whatever still waits to be sent.
     abandoned: AtomicBool,
 }
@@ -205,6 +210,21 @@ impl Link {
         self.command(Command::EndBase(checkpoint))
     }
 
+    /// From now on inbound frames belong to `epoch`. Set before the pause that ends the epoch before, so that a frame is never counted into an
+    /// epoch that ended without it.
+    pub fn epoch_begins(&self, epoch: Epoch) {
+        self.shared.running.store(epoch.0, Ordering::Release);
+    }
+
+    /// Tells the backup of an inbound frame. While the link is behind, frames are left to retransmission.
+    pub fn inbound(&self, nic: u8, frame: &[u8]) {
+        if self.commands.len() < INBOUND_WAITING_MAX {
+            let epoch = Epoch(self.shared.running.load(Ordering::Acquire));
+            // An error means that the link is gone, and nobody wants to know.
+            self.command(Command::Inbound { epoch, nic, frame: Bytes::copy_from_slice(frame) }).ok();
+        }
+    }
+
     /// Tells the backup why this side leaves, and closes once that is on its way.
     pub fn goodbye(&self, reason: GoodbyeReason) {
         // An error means that the link is gone already, which is what a goodbye wants.
@@ -240,6 +260,8 @@ struct InFlight {
     epoch: Epoch,
     dirty: DirtySet,
     resumed: Instant,
+    /// When its last byte went to the socket.
+    sent: Option<Instant>,
 }
 
 struct LinkThread {
@@ -331,7 +353,7 @@ impl LinkThread {
         while self.in_flight.front().is_some_and(|first| first.epoch <= epoch) {
             if let Some(done) = self.in_flight.pop_front() {
                 done.dirty.retire();
-                self.metrics.committed(done.epoch, done.resumed.elapsed());
+                self.metrics.committed(done.epoch, done.sent.unwrap_or(done.resumed).elapsed());
                 *self.shared.lock() -= 1;
             }
         }
@@ -344,7 +366,10 @@ impl LinkThread {
             if self.writing.is_empty() {
                 match self.protocol.poll_transmit() {
                     Some(frame) => self.writing = frame,
-                    None => return Ok(true),
+                    None => {
+                        self.note_sent();
+                        return Ok(true);
+                    }
                 }
             }
             match self.stream.write(&self.writing) {
@@ -359,6 +384,15 @@ impl LinkThread {
         }
     }
 
+    /// The socket has taken everything: checkpoints that were encoded are on their way.
+    fn note_sent(&mut self) {
+        let now = Instant::now();
+        for checkpoint in self.in_flight.iter_mut().filter(|c| c.sent.is_none()) {
+            checkpoint.sent = Some(now);
+            self.metrics.transferred(now - checkpoint.resumed);
+        }
+    }
+
     /// Encodes what waits first in the channel; false when nothing waits.
     fn take_command(&mut self) -> Result<bool, LinkEnd> {
         match self.commands.try_recv() {
@@ -369,6 +403,7 @@ impl LinkThread {
                 self.protocol.begin(checkpoint.epoch, CheckpointKind::Delta)?;
                 self.encode_rest(checkpoint)?;
             }
+            Ok(Command::Inbound { epoch, nic, frame }) => self.protocol.inbound(epoch, nic, &frame)?,
             Ok(Command::Goodbye(reason)) => {
                 self.protocol.goodbye(reason, "")?;
                 self.closing = true;
@@ -387,7 +422,7 @@ impl LinkThread {
 
     fn encode_rest(&mut self, checkpoint: StagedCheckpoint) -> Result<(), LinkEnd> {
         let StagedCheckpoint { epoch, pages, sections, dirty, resumed } = checkpoint;
-        self.in_flight.push_back(InFlight { epoch, dirty, resumed });
+        self.in_flight.push_back(InFlight { epoch, dirty, resumed, sent: None });
         self.encode_pages(&pages)?;
         for section in &sections {
             self.protocol.section(section.kind.0, section.version, &section.bytes)?;

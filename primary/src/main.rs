@@ -11,7 +11,6 @@ use failover::config::PairConfig;
 use failover::decide::Role;
 use failover::status::NodeRole;
 use primary::alone::run_alone;
-use primary::epoch::EpochParts;
 use primary::host::Host;
 use primary::owner::{Owner, OwnerEvent};
 use primary::runner::Runner;
@@ -77,7 +76,7 @@ fn start_runner(
     machine: Box<dyn vmm::Machine>,
     tell: &crossbeam::channel::Sender<OwnerEvent>,
 ) -> anyhow::Result<Runner> {
-    let parts = EpochParts { gate: host.gate.clone(), arena: host.arena.clone(), metrics: host.metrics.clone() };
+    let parts = host.epoch_parts();
     let tell = tell.clone();
     let runner = Runner::start(machine, parts, Epoch(0), host.config.epoch.interval, host.clock, move |event| {
         // The owner may have ended.

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use failover::status::{Counters, StatusBoard, Timing};
 use replication_proto::Epoch;
-use vmm::PauseTimings;
+
+use crate::epoch::PauseParts;
 
 /// Counters of a side, and the way to its status board.
 #[derive(Debug)]
@@ -38,10 +39,10 @@ impl Metrics {
         self.board.observe(Timing::OutputHold, held);
     }
 
-    /// A pause ended. The parts go to the log at debug level: the benchmark binary measures them properly.
-    pub fn paused(&self, whole: Duration, parts: PauseTimings, stage: Duration, pages: usize) {
-        self.board.observe(Timing::Pause, whole);
-        log::trace!("pause {whole:?}: {parts:?}, stage {stage:?}, {pages} pages");
+    /// A pause ended. The parts go to the log at trace level: the benchmark binary measures them properly.
+    pub fn paused(&self, pause: &PauseParts, pages: usize) {
+        self.board.observe(Timing::Pause, pause.whole);
+        log::trace!("{pause:?}, {pages} pages");
         self.last_dirty_pages.store(u64::try_from(pages).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 

@@ -227,7 +227,11 @@ impl RunnerThread {
         let next = match sent {
             Ok(()) => {
                 (self.tell)(RunnerEvent::BaseSent(first));
-                self.epochs(link)
+                link.epoch_begins(first.next());
+                self.parts.mirror.attach(link.clone());
+                let next = self.epochs(link);
+                self.parts.mirror.detach();
+                next
             }
             Err(error) => self.failed(link, error),
         };
@@ -255,6 +259,7 @@ impl RunnerThread {
             };
             let epoch = self.last.next();
             self.use_epoch(epoch);
+            link.epoch_begins(epoch.next());
             match checkpoint(&mut *self.machine, &self.parts, link, epoch, afterwards) {
                 Ok(()) => {}
                 // The guest ended by itself and its machine says so. The backup must not see the link go before the record says *stopped*.

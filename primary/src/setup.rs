@@ -21,6 +21,7 @@ use crate::desk::Desk;
 use crate::events::{Event, EventFile};
 use crate::host::Host;
 use crate::metrics::Metrics;
+use crate::mirror::{Mirror, MirroredPort};
 use crate::output::queue::QueueLimits;
 use crate::output::world::{ConsoleError, HostWorld, open_console};
 use crate::output::{Gate, World};
@@ -109,6 +110,8 @@ pub struct Built {
     pub gate: Arc<Gate>,
     /// Its way in.
     pub ports: Vec<Arc<dyn FramePort>>,
+    /// Where inbound frames are told to.
+    pub mirror: Arc<Mirror>,
     /// What is measured.
     pub metrics: Arc<Metrics>,
 }
@@ -156,7 +159,8 @@ pub fn build_machine(config: &PairConfig, process: &Process) -> Result<Built, Se
         max_hold: config.timers.max_hold,
     };
     let gate = Gate::new(limits, world, process.clock, Arc::clone(&metrics));
-    let ports: Vec<Arc<dyn FramePort>> = vec![tap];
+    let mirror = Arc::new(Mirror::default());
+    let ports: Vec<Arc<dyn FramePort>> = vec![Arc::new(MirroredPort::new(tap, 0, Arc::clone(&mirror)))];
     let outputs: Arc<dyn vmm::Outputs> = Arc::clone(&gate) as _;
     let io = MachineIo { outputs, ports: ports.clone(), console_input };
     let parts = machine_config(config)?;
@@ -164,7 +168,7 @@ pub fn build_machine(config: &PairConfig, process: &Process) -> Result<Built, Se
         MachineKind::Kvm => Box::new(KvmMachine::build(&parts, io)?),
         MachineKind::Model => Box::new(ModelMachine::build(&parts, io)?),
     };
-    Ok(Built { machine, gate, ports, metrics })
+    Ok(Built { machine, gate, ports, mirror, metrics })
 }
 
 fn console_name(console: &Console) -> String {
@@ -220,6 +224,7 @@ pub fn open_host(config: PairConfig, process: Process, role: Role, built: &Built
         me: NodeRef { node, incarnation },
         clock,
         gate: Arc::clone(&built.gate),
+        mirror: Arc::clone(&built.mirror),
         metrics: Arc::clone(&built.metrics),
         events,
         voice,

@@ -14,6 +14,8 @@ pub const MAX_INPUT_BYTES: usize = 1 << 20;
 pub const MAX_PAGES_PER_MESSAGE: usize = 64;
 /// Most bytes of one section, decoded.
 pub const MAX_SECTION_BYTES: usize = MAX_PAYLOAD_BYTES - 4096;
+/// Most bytes of one inbound frame of the guest's network.
+pub const MAX_INBOUND_BYTES: usize = 65_550;
 /// Most sections of one checkpoint.
 pub const MAX_SECTIONS_PER_EPOCH: u32 = 4096;
 /// Most facts of one hello.

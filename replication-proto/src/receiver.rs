@@ -75,6 +75,15 @@ pub enum ReceiverEvent {
     /// The checkpoint under way is whole by its counts. Compare [`EndOfCheckpoint::digest`] with the digest of what is held
     /// ([`crate::EpochDigest`]) before committing; then [`ack`](Receiver::ack).
     End(EndOfCheckpoint),
+    /// A frame reached the guest in this epoch; for [`crate::Sender::inbound`]'s purpose.
+    Inbound {
+        /// In which epoch, or a later one.
+        epoch: Epoch,
+        /// On which network device.
+        nic: u8,
+        /// The frame.
+        frame: Bytes,
+    },
     /// The primary ends the connection in order. What it sent and ended before may still be acked.
     Goodbye(Goodbye),
 }
@@ -291,6 +300,10 @@ impl Receiver {
                 let goodbye = messages::goodbye(&payload)?;
                 self.phase = Phase::Ended;
                 Ok(ReceiverEvent::Goodbye(goodbye))
+            }
+            (_, MessageType::Inbound) => {
+                let (nic, frame) = messages::inbound(&payload)?;
+                Ok(ReceiverEvent::Inbound { epoch: header.epoch, nic, frame })
             }
             (Phase::Idle, MessageType::Begin) => self.handle_begin(header.epoch, &payload),
             (Phase::Idle, _) => Err(unexpected("Begin")),

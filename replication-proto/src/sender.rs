@@ -8,7 +8,9 @@ use crate::digest::EpochDigest;
 use crate::error::{ApiMisuse, LinkError, Malformed, Misbehaved};
 use crate::facts::Facts;
 use crate::ids::{Epoch, Generation, Identity, PageIndex};
-use crate::limits::{HEADER_BYTES, MAX_IN_FLIGHT, MAX_PAGES_PER_MESSAGE, MAX_SECTION_BYTES, MAX_SECTIONS_PER_EPOCH};
+use crate::limits::{
+    HEADER_BYTES, MAX_IN_FLIGHT, MAX_INBOUND_BYTES, MAX_PAGES_PER_MESSAGE, MAX_SECTION_BYTES, MAX_SECTIONS_PER_EPOCH,
+};
 use crate::limits::{MAX_BASE_PASSES, PAGE_BYTES};
 use crate::message::{
     Channel, CheckpointKind, EndOfCheckpoint, Features, Goodbye, GoodbyeReason, Hello, NO_GENERATION, Refuse,
@@ -341,6 +343,25 @@ impl Sender {
             this.writer.frame(MessageType::End, epoch, &messages::put_end(&end), &[]);
             this.phase = Phase::Idle;
             Ok(end)
+        })
+    }
+
+    /// Tells the backup of a frame that reached the guest in `epoch`. It is no part of a checkpoint: if this epoch is never committed, the
+    /// new owner delivers the frame again, and its sender need not wait for a retransmission timeout. At any time after the acceptance.
+    ///
+    /// # Errors
+    /// [`ApiMisuse`] before the acceptance or after a goodbye, and for a frame that is empty or over [`MAX_INBOUND_BYTES`].
+    pub fn inbound(&mut self, epoch: Epoch, nic: u8, frame: &[u8]) -> Result<(), LinkError> {
+        self.guarded(|this| {
+            if this.peer.is_none() || matches!(this.phase, Phase::Ended) {
+                return Err(ApiMisuse::State { needs: "an accepted connection" }.into());
+            }
+            if frame.is_empty() || frame.len() > MAX_INBOUND_BYTES {
+                return Err(ApiMisuse::Size.into());
+            }
+            let head = messages::put_inbound(nic);
+            this.writer.frame(MessageType::Inbound, epoch, &head, &[Bytes::copy_from_slice(frame)]);
+            Ok(())
         })
     }
 

@@ -3,7 +3,9 @@
 
 use crate::error::{Incompatible, LinkError, Malformed};
 use crate::ids::{Epoch, Generation, Incarnation, NodeName, VmId};
-use crate::limits::{HEADER_BYTES, MAX_PAGES_PER_MESSAGE, MAX_PAYLOAD_BYTES, MAX_TEXT_BYTES, PAGE_BYTES};
+use crate::limits::{
+    HEADER_BYTES, MAX_INBOUND_BYTES, MAX_PAGES_PER_MESSAGE, MAX_PAYLOAD_BYTES, MAX_TEXT_BYTES, PAGE_BYTES,
+};
 use crate::message::{Difference, RefuseCode, VersionRange};
 
 /// First bytes of every frame, in every version.
@@ -55,10 +57,11 @@ pub(crate) enum MessageType {
     Ack = 8,
     Heartbeat = 9,
     Goodbye = 10,
+    Inbound = 11,
 }
 
 impl MessageType {
-    const ALL: [Self; 10] = [
+    const ALL: [Self; 11] = [
         Self::Hello,
         Self::Accept,
         Self::Refuse,
@@ -69,6 +72,7 @@ impl MessageType {
         Self::Ack,
         Self::Heartbeat,
         Self::Goodbye,
+        Self::Inbound,
     ];
 
     fn from_number(number: u8) -> Option<Self> {
@@ -87,6 +91,7 @@ impl MessageType {
             Self::Ack => "Ack",
             Self::Heartbeat => "Heartbeat",
             Self::Goodbye => "Goodbye",
+            Self::Inbound => "Inbound",
         }
     }
 
@@ -103,12 +108,13 @@ impl MessageType {
             Self::Ack => (0, 0),
             Self::Heartbeat => (24, 24),
             Self::Goodbye => (4, 4 + MAX_TEXT_BYTES),
+            Self::Inbound => (5, 4 + MAX_INBOUND_BYTES),
         }
     }
 
     /// Whether the header's epoch is set; else it must be 0.
     fn has_epoch(self) -> bool {
-        matches!(self, Self::Begin | Self::Pages | Self::Section | Self::End | Self::Ack)
+        matches!(self, Self::Begin | Self::Pages | Self::Section | Self::End | Self::Ack | Self::Inbound)
     }
 }
 
@@ -261,7 +267,7 @@ mod tests {
             let error = Header::decode(&Header { version, ..header() }.encode()).unwrap_err();
             assert_eq!(error.code(), "incompatible.version");
         }
-        for number in [0, 11, 255] {
+        for number in [0, 12, 255] {
             let mut bytes = header().encode();
             bytes[at::MESSAGE_TYPE] = number;
             assert_eq!(Header::decode(&resealed(bytes)), Err(Malformed::MessageType { number }.into()));

@@ -292,6 +292,20 @@ pub(crate) fn heartbeat(payload: &[u8]) -> Result<HeartbeatBody, Malformed> {
     Ok(HeartbeatBody { committed_epoch, state, armed, arbiter_ok_ms: (age != NEVER).then_some(age) })
 }
 
+/// A frame's fields in front of its bytes.
+pub(crate) fn put_inbound(nic: u8) -> [u8; 4] {
+    [nic, 0, 0, 0]
+}
+
+/// The network device and the frame that arrived on it.
+pub(crate) fn inbound(payload: &Bytes) -> Result<(u8, Bytes), Malformed> {
+    let mut reader = Reader::new(payload);
+    let nic = reader.u8()?;
+    reader.zeros(3)?;
+    let frame = reader.rest();
+    Ok((nic, payload.slice_ref(frame)))
+}
+
 pub(crate) fn put_goodbye(goodbye: &Goodbye) -> Vec<u8> {
     let Goodbye { reason, text } = goodbye;
     let mut out = Vec::new();

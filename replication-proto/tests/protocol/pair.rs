@@ -448,3 +448,39 @@ fn receiver_input_that_nobody_takes_is_refused() {
     let oversize = [&stream[..], &piece].concat();
     assert_eq!(receiver.handle_bytes(&oversize), Err(ApiMisuse::InputNotPolled.into()));
 }
+
+/// Inbound frames are told between and within checkpoints and change nothing of what is committed.
+#[test]
+fn inbound_frames_come_at_any_time_and_are_no_part_of_a_checkpoint() {
+    let mut sender = Sender::new(sender_config(false));
+    let mut backup = Backup::new(receiver_config());
+    backup.feed(&drain(|| sender.poll_transmit()), 1000).unwrap();
+    sender.handle_bytes(&backup.answers()).unwrap();
+    let ram = support::ram();
+    let indexes = support::all_pages(&ram);
+    sender.inbound(Epoch(6), 0, b"before").unwrap();
+    sender.begin(Epoch(7), CheckpointKind::Base).unwrap();
+    sender.inbound(Epoch(7), 1, b"within").unwrap();
+    sender.pages(&indexes, &vec![0; indexes.len() * PAGE_BYTES]).unwrap();
+    let end = sender.end().unwrap();
+    backup.feed(&drain(|| sender.poll_transmit()), 1000).unwrap();
+    assert_eq!(backup.committed, [end]);
+    let told: Vec<_> = backup.inbound.iter().map(|(epoch, nic, frame)| (epoch.0, *nic, &frame[..])).collect();
+    assert_eq!(told, [(6, 0, &b"before"[..]), (7, 1, &b"within"[..])]);
+}
+
+#[test]
+fn inbound_frames_that_are_malformed_or_come_from_the_backup_are_refused() {
+    let refused = |payload: &[u8]| {
+        let mut forge = support::Forge::primary();
+        let stream = [forge.opening(), forge.frame(support::INBOUND, 8, payload)].concat();
+        Backup::new(receiver_config()).feed(&stream, 1000).unwrap_err().code()
+    };
+    assert_eq!(refused(&[0, 0, 0, 0]), "malformed.length");
+    assert_eq!(refused(&[0, 1, 0, 0, 9]), "malformed.reserved");
+    assert_eq!(refused(&vec![0; 4 + 65_551]), "malformed.length");
+    let mut sender = deaf_sender();
+    assert!(sender.inbound(Epoch(1), 0, &[]).is_err());
+    let mut sender = Sender::new(sender_config(false));
+    assert!(sender.inbound(Epoch(1), 0, b"early").is_err());
+}

@@ -83,6 +83,7 @@ pub(crate) struct Backup {
     pub(crate) sections: Vec<(u16, u16, Bytes)>,
     pub(crate) committed: Vec<EndOfCheckpoint>,
     pub(crate) goodbye: bool,
+    pub(crate) inbound: Vec<(Epoch, u8, Bytes)>,
     incomplete: Option<Incomplete>,
 }
 
@@ -96,6 +97,7 @@ impl Backup {
             sections: Vec::new(),
             committed: Vec::new(),
             goodbye: false,
+            inbound: Vec::new(),
             incomplete: None,
         }
     }
@@ -137,6 +139,7 @@ impl Backup {
                 incomplete.sections.push((kind, version, bytes));
             }
             ReceiverEvent::End(end) => self.commit(end)?,
+            ReceiverEvent::Inbound { epoch, nic, frame } => self.inbound.push((epoch, nic, frame)),
             ReceiverEvent::Goodbye(_) => self.goodbye = true,
         }
         Ok(())
@@ -232,6 +235,7 @@ pub(crate) const END: u8 = 7;
 pub(crate) const ACK: u8 = 8;
 pub(crate) const HEARTBEAT: u8 = 9;
 pub(crate) const GOODBYE: u8 = 10;
+pub(crate) const INBOUND: u8 = 11;
 
 /// Writes frames whose checksums are right, whatever they say.
 #[derive(Debug, Clone)]
