@@ -183,6 +183,7 @@ impl Core {
         }
         self.fold(input, now, &mut out);
         self.advance(now, &mut out);
+        ask_first(&mut out);
         self.announce(&mut out);
         out
     }
@@ -613,6 +614,18 @@ impl Core {
         let timers = &self.config.timers;
         let silence = if self.mine.is_some() { timers.solo } else { timers.takeover };
         self.detector.evidence(now, silence, timers.eof_grace)
+    }
+}
+
+/// Output is held by then; the backup sees its connection close and contends, so the arbiter is asked before that.
+fn ask_first(out: &mut Vec<Action>) {
+    let drop = out.iter().position(|action| matches!(action, Action::DropBackup));
+    let ask = out.iter().position(|action| matches!(action, Action::Arbiter { .. }));
+    if let (Some(drop), Some(ask)) = (drop, ask)
+        && drop < ask
+    {
+        let request = out.remove(ask);
+        out.insert(drop, request);
     }
 }
 

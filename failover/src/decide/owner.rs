@@ -54,11 +54,12 @@ impl Core {
             LinkLoss::PeerClosed => ReasonCode::BackupClosed,
             LinkLoss::Local => ReasonCode::BackupDropped,
         };
-        match &self.state {
+        match (&self.state, loss) {
             // The stream is lost for good, but the backup may be just about to take over: the grace keeps the contest fair.
-            State::Protected { .. } | State::Draining { .. } => self.detector.stream_lost(now),
+            (State::Protected { .. } | State::Draining { .. }, LinkLoss::PeerClosed) => self.detector.stream_lost(now),
             // It closes the connection as soon as it has won.
-            State::HandingOver { .. } => {}
+            (State::HandingOver { .. }, LinkLoss::PeerClosed) => {}
+            // What we closed ourselves looks to the backup like our death: be first at the arbiter.
             _ if self.backup().is_some() => self.lose(reason, now, out),
             _ => {}
         }
@@ -144,6 +145,7 @@ impl Core {
             out.push(Action::Reply { ticket, outcome: CommandOutcome::Refused(text) });
         }
         let never_named = matches!(self.state, State::Resync { .. } | State::Covering { .. });
+        self.hold(out);
         out.push(Action::DropBackup);
         self.count_loss(now);
         self.detector.forget();
@@ -153,7 +155,6 @@ impl Core {
             // No record named this backup and none can: the last successful solo write still holds (R3).
             return self.gone_solo(false, now, out);
         }
-        self.hold(out);
         self.go(State::Contending { backup: None }, reason, now);
     }
 

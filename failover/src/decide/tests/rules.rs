@@ -336,6 +336,24 @@ fn r5_output_is_held_before_the_record_names_the_backup() {
 }
 
 #[test]
+fn a_lost_backup_is_held_back_then_the_arbiter_is_asked_then_the_connection_is_closed() {
+    let mut world = World::protected();
+    let now = world.now;
+    let core = world.nodes[A].core.as_mut().expect("alive");
+    let order: Vec<u8> = core
+        .handle(Input::LinkLost(LinkLoss::Local), now)
+        .iter()
+        .filter_map(|action| match action {
+            Action::HoldOutput => Some(1),
+            Action::Arbiter { .. } => Some(2),
+            Action::DropBackup => Some(3),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(order, [1, 2, 3]);
+}
+
+#[test]
 fn a_pair_fails_over_back_and_forth() {
     let mut world = World::protected();
     for round in 0..10 {
@@ -356,8 +374,9 @@ fn a_pair_fails_over_back_and_forth() {
 fn a_data_connection_that_dies_alone_ends_protection_although_heartbeats_go_on() {
     let mut world = World::protected();
     world.input(A, Input::LinkLost(LinkLoss::Local));
+    // At once: the backup sees the connection close, too, and contends after its grace.
+    assert!(world.run_until(ms(5), |world| world.open(A)).is_some());
     world.run(ms(100));
-    assert!(world.open(A));
     assert_eq!(world.running(), [A]);
     assert!(world.run_until(ms(3000), |world| world.state(A) == StateName::Protected).is_some());
 }
