@@ -17,7 +17,7 @@ use primary::owner::{Owner, OwnerEvent};
 use primary::pulse::{self, PulseHandle, PulseReport};
 use primary::runner::Runner;
 use primary::setup::SetupError;
-use replication_proto::{Epoch, Identity, Pulse, ReceiverConfig, ReceiverLimits};
+use replication_proto::{Epoch, Identity, LinkError, Pulse, ReceiverConfig, ReceiverLimits, RefuseCode};
 use vmm::FramePort;
 
 use crate::activate::{Activated, Waiting, activate};
@@ -57,6 +57,8 @@ pub struct Waiter {
     committed: Epoch,
     /// When to ask the peer which process runs there; only while the decision core wants to know.
     ask_at: Option<Duration>,
+    /// A primary of this VM has another machine, and this side holds nothing that would be lost with it.
+    mismatch: bool,
     events: Receiver<WaitEvent>,
     tell: Sender<WaitEvent>,
 }
@@ -101,6 +103,7 @@ impl Waiter {
             owner: None,
             committed: Epoch(0),
             ask_at: None,
+            mismatch: false,
             events,
             tell,
         })
@@ -122,6 +125,9 @@ impl Waiter {
                         }
                     }
                 }
+            }
+            if self.mismatch {
+                return ExitCode::MachineMismatch;
             }
             actions = self.step();
         }
@@ -208,6 +214,7 @@ impl Waiter {
             LinkEvent::Closed(end) => {
                 self.host.note_link(&end.to_string());
                 self.owner = None;
+                self.note_end(&end);
                 let loss = match end {
                     LinkEnd::EndOfFile | LinkEnd::Io(_) => LinkLoss::PeerClosed,
                     LinkEnd::Protocol(_) | LinkEnd::Commit(_) | LinkEnd::Inbox(_) | LinkEnd::Displaced => {
@@ -220,6 +227,22 @@ impl Waiter {
                 self.take_pulse(stream, &read);
                 Vec::new()
             }
+        }
+    }
+
+    /// A hollow standby whose machine is another one than the primary's will never be of use: it ends and says so, once.
+    fn note_end(&mut self, end: &LinkEnd) {
+        let LinkEnd::Protocol(error) = end else { return };
+        self.host.desk.protocol_error(error.code());
+        if let LinkError::Incompatible(incompatible) = error
+            && matches!(
+                incompatible.code,
+                RefuseCode::Ram | RefuseCode::Facts | RefuseCode::Version | RefuseCode::Features
+            )
+            && self.committed == Epoch(0)
+        {
+            log::error!("this machine is not the primary's: {incompatible}");
+            self.mismatch = true;
         }
     }
 

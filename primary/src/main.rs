@@ -31,6 +31,9 @@ struct Args {
     /// Run the guest without any protection.
     #[arg(long)]
     alone: bool,
+    /// Boot the guest anew although the record names a backup in sync: everything that only the other side has is lost.
+    #[arg(long, conflicts_with = "alone")]
+    force_cold_boot: bool,
 }
 
 fn main() -> ExitCode {
@@ -58,7 +61,7 @@ fn run(args: &Args) -> anyhow::Result<failover::exit::ExitCode> {
     // Built and loaded before the arbiter is asked: what is wrong here should not cost anybody a generation.
     let mut built = build_machine(&config, &process)?;
     built.machine.load().map_err(SetupError::from)?;
-    let mut host = open_host(config, process, Role::Primary, &built)?;
+    let mut host = open_host(config, process, Role::Primary, args.force_cold_boot, &built)?;
     let (permit, pending) = match await_start(&mut host) {
         Start::Boot(permit, pending) => (permit, pending),
         Start::OfferAsBackup => return become_backup(args, host),

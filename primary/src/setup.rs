@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use failover::arbiter::{ArbiterError, ArbiterThread, FileArbiter, NodeRef};
 use failover::config::{ArbiterSection, ConfigError, Console, MachineKind, PairConfig};
 use failover::control::ControlError;
-use failover::decide::{Core, Role};
+use failover::decide::{Core, CoreConfig, Role};
 use failover::exit::ExitCode;
 use failover::generation::{StateDir, StateError};
 use failover::status::{Labels, NodeRole, StatusBoard};
@@ -200,7 +200,13 @@ fn machine_config(config: &PairConfig) -> Result<MachineConfig, SetupError> {
 ///
 /// # Errors
 /// See [`SetupError`].
-pub fn open_host(config: PairConfig, process: Process, role: Role, built: &Built) -> Result<Host, SetupError> {
+pub fn open_host(
+    config: PairConfig,
+    process: Process,
+    role: Role,
+    force_cold_boot: bool,
+    built: &Built,
+) -> Result<Host, SetupError> {
     let host = |what| move |source| SetupError::Host { what, source };
     let Process { node, incarnation, clock, board } = process;
     let section = config.node(&node).expect("picked from this configuration").clone();
@@ -211,7 +217,8 @@ pub fn open_host(config: PairConfig, process: Process, role: Role, built: &Built
     };
     // The event loop listens to the answers' channel itself: nobody needs to be woken.
     let arbiter = ArbiterThread::spawn(arbiter, || {}).map_err(host("the arbiter's thread"))?;
-    let core = Core::new(config.core(&node, incarnation, role, state_dir.highest()));
+    let core_config = config.core(&node, incarnation, role, state_dir.highest());
+    let core = Core::new(CoreConfig { force_cold_boot, ..core_config });
     let desk = Desk::open(board, &section, config.vm.name.as_str())?;
     let terminate = Arc::new(AtomicBool::new(false));
     for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {
