@@ -498,3 +498,132 @@ fn crash(call: &mut Call<'_, '_>) -> Done {
     *call.end = Some(End::Crashed("FT.CRASH was asked for".into()));
     call.ok()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::GuestRam;
+    use crate::model::bus::Bus;
+
+    /// Asks one request after the other and compares the replies, with `|` for CR LF.
+    fn dialogue(lines: &[(&str, &str)]) {
+        let ram = GuestRam::new(4 << 20).unwrap();
+        let layout = Layout::of(&ram);
+        let store = Store::open(Bus(ram.tracked()), &layout).unwrap();
+        let mut registers = Registers { now: 1234 * MILLISECOND, ..Registers::default() };
+        for (request, wanted) in lines {
+            let arguments: Vec<_> = request.split(' ').map(str::as_bytes).collect();
+            assert_eq!(ask(&store, &layout, &mut registers, &arguments).0, *wanted, "{request}");
+        }
+    }
+
+    fn ask(store: &Store<'_>, layout: &Layout, registers: &mut Registers, arguments: &[&[u8]]) -> (String, bool) {
+        let (mut reply, mut end) = (Reply::default(), None);
+        let call =
+            Call { store, registers, layout, slot: 0, connected: 1, arguments, reply: &mut reply, end: &mut end };
+        run(call).unwrap();
+        (String::from_utf8_lossy(&reply.bytes).replace("\r\n", "|"), reply.overflowed)
+    }
+
+    #[test]
+    fn strings() {
+        dialogue(&[
+            ("GET k", "$-1|"),
+            ("SET k hello", "+OK|"),
+            ("get k", "$5|hello|"),
+            ("SET k x NX", "$-1|"),
+            ("SET n x XX", "$-1|"),
+            ("SET n 41 NX", "+OK|"),
+            ("SET n x NX XX", "-ERR syntax error|"),
+            ("SET n x EX 10", "-ERR of SET's options only NX, XX and KEEPTTL are supported|"),
+            ("INCR n", ":42|"),
+            ("DECR n", ":41|"),
+            ("INCRBY n 9223372036854775807", "-ERR increment or decrement would overflow|"),
+            ("DECRBY n -9223372036854775808", "-ERR increment or decrement would overflow|"),
+            ("DECRBY n 1", ":40|"),
+            ("INCR k", "-ERR value is not an integer or out of range|"),
+            ("APPEND k !", ":6|"),
+            ("STRLEN k", ":6|"),
+            ("MSET a 1 b 2", "+OK|"),
+            ("MSET a 1 b", "-ERR wrong number of arguments for 'mset' command|"),
+            ("MGET a none b", "*3|$1|1|$-1|$1|2|"),
+            ("EXISTS a a none", ":2|"),
+            ("DEL a none", ":1|"),
+            ("DBSIZE", ":3|"),
+            ("FLUSHALL", "+OK|"),
+            ("DBSIZE", ":0|"),
+        ]);
+    }
+
+    #[test]
+    fn lists() {
+        dialogue(&[
+            ("RPUSH l a b c", ":3|"),
+            ("LPUSH l z", ":4|"),
+            ("LRANGE l 0 -1", "*4|$1|z|$1|a|$1|b|$1|c|"),
+            ("LRANGE l -2 99", "*2|$1|b|$1|c|"),
+            ("LRANGE l 3 1", "*0|"),
+            ("LRANGE none 0 -1", "*0|"),
+            ("LRANGE l 0 x", "-ERR value is not an integer or out of range|"),
+            ("LPOP l", "$1|z|"),
+            ("RPOP l", "$1|c|"),
+            ("RPOP l 2", "-ERR this machine pops one element at a time|"),
+            ("LLEN l", ":2|"),
+            ("GET l", "-WRONGTYPE Operation against a key holding the wrong kind of value|"),
+            ("MGET l", "*1|$-1|"),
+            ("TYPE l", "+list|"),
+            ("SET l now-a-string", "+OK|"),
+            ("LPUSH l x", "-WRONGTYPE Operation against a key holding the wrong kind of value|"),
+            ("DEL l", ":1|"),
+            ("LPOP l", "$-1|"),
+        ]);
+    }
+
+    #[test]
+    fn the_server_and_our_own() {
+        dialogue(&[
+            ("PING", "+PONG|"),
+            ("PING hi", "$2|hi|"),
+            ("ECHO", "-ERR wrong number of arguments for 'echo' command|"),
+            ("NONSENSE 1", "-ERR unknown command 'NONSENSE'|"),
+            ("SELECT 0", "+OK|"),
+            ("SELECT 1", "-ERR DB index is out of range|"),
+            ("CONFIG GET save", "*2|$4|save|$0||"),
+            ("CONFIG GET x", "*0|"),
+            ("CONFIG SET save x", "-ERR settings cannot be changed: only CONFIG GET is supported|"),
+            ("CLIENT SETNAME x", "+OK|"),
+            ("COMMAND DOCS", "*0|"),
+            ("FT.UPTIME", ":1234|"),
+            ("FT.DIRTY 1000 16", "+OK|"),
+            ("FT.DIRTY 0", "+OK|"),
+            ("FT.DIRTY 1 999999", "-OOM command not allowed: the guest's memory is full|"),
+            ("FT.DIRTY -1", "-ERR value is not an integer or out of range|"),
+            ("FT.DIRTY 1 0", "-ERR value is not an integer or out of range|"),
+            ("FT.DIGEST", "$16|0000000000000000|"),
+        ]);
+    }
+
+    #[test]
+    fn what_is_too_long_is_refused_and_changes_nothing() {
+        let ram = GuestRam::new(4 << 20).unwrap();
+        let layout = Layout::of(&ram);
+        let store = Store::open(Bus(ram.tracked()), &layout).unwrap();
+        let mut registers = Registers::default();
+        let (key, value) = (vec![b'k'; MAX_KEY], vec![b'v'; MAX_VALUE]);
+        let (long_key, long_value) = (vec![b'k'; MAX_KEY + 1], vec![b'v'; MAX_VALUE + 1]);
+        let mut ask = |arguments: &[&[u8]]| ask(&store, &layout, &mut registers, arguments);
+        assert_eq!(ask(&[b"SET", &key, &value]).0, "+OK|");
+        assert_eq!(ask(&[b"GET", &key]).0.len(), MAX_VALUE + "$65536||".len());
+        for request in [
+            [&b"SET"[..], &long_key, b"x"],
+            [b"SET", b"x", &long_value],
+            [b"LPUSH", b"x", &long_value],
+            [b"APPEND", &key, b"x"],
+        ] {
+            assert!(ask(&request).0.starts_with("-ERR the "), "{:?}", String::from_utf8_lossy(request[0]));
+        }
+        assert_eq!(ask(&[b"MSET", b"a", b"1", b"b", &long_value]).0, "-ERR the value is longer than 65536 bytes|");
+        assert_eq!(ask(&[b"DBSIZE"]).0, ":1|");
+        assert!(ask(&[b"MGET", &key, &key]).1, "a reply of more than a ring");
+    }
+}
