@@ -257,6 +257,59 @@ fn dirty_log_has_exactly_what_a_counting_guest_writes() {
     }
 }
 
+/// The first vCPU starts the second through its LAPIC (INIT, then SIPI to 0x8000); each counts on a page of its own.
+///
+/// `mov dword [0xfee000f0], 0x1ff` (a LAPIC that is off sends nothing), `mov dword [0xfee00310], 1 << 24;`
+/// `mov dword [0xfee00300], 0x4500; mov dword [0xfee00300], 0x4608; again: inc dword [0x200000]; jmp again`, and in real mode:
+/// `xor ax, ax; mov ds, ax; again: inc word [0x9000]; jmp again`
+#[test]
+fn two_running_vcpus_stop_together_and_go_on_elsewhere() {
+    if no_kvm() {
+        return;
+    }
+    const FIRST: [u8; 48] = [
+        0xc7, 5, 0xf0, 0, 0xe0, 0xfe, 0xff, 1, 0, 0, 0xc7, 0x05, 0x10, 0x03, 0xe0, 0xfe, 0, 0, 0, 1, 0xc7, 0x05, 0x00,
+        0x03, 0xe0, 0xfe, 0x00, 0x45, 0, 0, 0xc7, 0x05, 0x00, 0x03, 0xe0, 0xfe, 0x08, 0x46, 0, 0, 0xff, 0x05, 0x00,
+        0x00, 0x20, 0x00, 0xeb, 0xf8,
+    ];
+    const SECOND: [u8; 10] = [0x31, 0xc0, 0x8e, 0xd8, 0xff, 0x06, 0x00, 0x90, 0xeb, 0xfa];
+    const SECOND_COUNTER: u64 = 0x9000;
+    let counters = |m: &KvmMachine| {
+        let second: u16 = m.ram.tracked().read_obj(GuestAddress(SECOND_COUNTER)).unwrap();
+        (counter(m), second)
+    };
+    let both_go_on = |m: &KvmMachine| {
+        let before = counters(m);
+        eventually("both count", || {
+            assert_eq!(m.events().try_recv().ok(), None, "the guest ended at {:?}", counters(m));
+            counters(m).0 != before.0 && counters(m).1 != before.1
+        });
+    };
+    let mut bench = loaded(&FIRST, 2);
+    bench.machine.ram.tracked().write_slice(&SECOND, GuestAddress(0x8000)).unwrap();
+    bench.machine.track_dirty(true).unwrap();
+    bench.machine.run().unwrap();
+    for _ in 0..100 {
+        both_go_on(&bench.machine);
+        let mut paused = PausedVm::pause(&mut bench.machine).unwrap();
+        let dirty = paused.take_dirty().unwrap();
+        assert_eq!(dirty.iter().map(|p| p.address().0).collect::<Vec<_>>(), [SECOND_COUNTER, COUNTER_AT]);
+        dirty.retire();
+        assert!(paused.take_dirty().unwrap().is_empty(), "a stopped guest wrote");
+    }
+    let sections = final_sections(&mut bench.machine);
+    let mut fresh = loaded(&FIRST, 2);
+    for page in bench.machine.ram.pages() {
+        let mut bytes = [0; 4096];
+        bench.machine.ram.copy_out(page, &mut bytes).unwrap();
+        fresh.machine.ram.copy_in(page, &bytes).unwrap();
+    }
+    fresh.machine.restore(&sections, ClockPolicy::ResumeFromCheckpoint).unwrap();
+    assert_eq!(counters(&fresh.machine), counters(&bench.machine));
+    fresh.machine.run().unwrap();
+    both_go_on(&fresh.machine);
+}
+
 #[test]
 fn guest_that_ends_says_so_once() {
     if no_kvm() {
