@@ -78,6 +78,7 @@ pub struct Host {
 }
 
 /// What reaches a host from beside the link.
+#[expect(clippy::large_enum_variant, reason = "a handful a second, each handled at once")]
 #[derive(Debug)]
 pub enum HostEvent {
     /// The arbiter answered.

@@ -28,6 +28,8 @@ const WAKE: Token = Token(1);
 /// No further checkpoint is encoded while this many encoded bytes wait for the socket.
 const ENCODED_BYTES_HIGH: usize = 8 << 20;
 const READ_BUFFER_BYTES: usize = 64 << 10;
+/// For `TCP_USER_TIMEOUT`.
+const UNACKNOWLEDGED_MS: u32 = 5_000;
 /// Inbound frames are not told while so many commands wait for the socket.
 const INBOUND_WAITING_MAX: usize = 1_024;
 
@@ -123,6 +125,8 @@ impl Link {
     ) -> io::Result<(Self, JoinHandle<()>)> {
         stream.set_nonblocking(true)?;
         stream.set_nodelay(true)?;
+        // Data that the peer's kernel does not acknowledge for this long will not arrive: heartbeats alone would hide it.
+        rustix::net::sockopt::set_tcp_user_timeout(&stream, UNACKNOWLEDGED_MS)?;
         let mut stream = mio::net::TcpStream::from_std(stream);
         let poll = Poll::new()?;
         poll.registry().register(&mut stream, SOCKET, Interest::READABLE | Interest::WRITABLE)?;

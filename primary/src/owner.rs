@@ -38,6 +38,8 @@ pub enum OwnerEvent {
 
 /// How often the status is brought up to date when nothing happens.
 const STATUS_INTERVAL: Duration = Duration::from_millis(100);
+/// Longest time without a commit while epochs wait for one.
+const STALL_LIMIT: Duration = Duration::from_secs(5);
 /// How long a goodbye may take to reach the socket before the process ends.
 const GOODBYE_PATIENCE: Duration = Duration::from_secs(1);
 
@@ -64,6 +66,8 @@ pub struct Owner {
     guest: Receiver<MachineEvent>,
     /// The last epoch that the backup committed.
     committed: Epoch,
+    /// When it did, or when there was nothing to commit.
+    progress_at: Duration,
 }
 
 impl Owner {
@@ -78,7 +82,18 @@ impl Owner {
     ) -> Self {
         let peer = host.peer_address();
         let protect = Protect::new(host.config.timers.protect_retry, last_epoch);
-        Self { host, runner, protect, connections: None, peer, events, tell, guest, committed: last_epoch }
+        Self {
+            host,
+            runner,
+            protect,
+            connections: None,
+            peer,
+            events,
+            tell,
+            guest,
+            committed: last_epoch,
+            progress_at: Duration::ZERO,
+        }
     }
 
     /// Runs until the decision core says that the process ends.
@@ -131,11 +146,30 @@ impl Owner {
         {
             return Flow::Exit(code);
         }
+        if let Flow::Exit(code) = self.watch_progress() {
+            return Flow::Exit(code);
+        }
         if self.host.terminate_requested() {
             let stop = self.host.stop_command();
             return self.decide(stop);
         }
         self.decide(Input::Tick)
+    }
+
+    /// A backup that lives and commits nothing would hold the guest's output for ever: heartbeats say nothing about the stream.
+    fn watch_progress(&mut self) -> Flow {
+        let now = self.host.clock.now();
+        if !self.protect.base_committed() || self.runner.last_epoch() <= self.committed {
+            self.progress_at = now;
+            return Flow::GoOn;
+        }
+        match self.protect.session() {
+            Some(session) if now.saturating_sub(self.progress_at) >= STALL_LIMIT => {
+                self.host.note_link("the backup has committed nothing for too long");
+                self.lost(session, LinkLoss::Local)
+            }
+            _ => Flow::GoOn,
+        }
     }
 
     fn on_host(&mut self, event: Option<HostEvent>) -> Flow {
@@ -211,6 +245,7 @@ impl Owner {
             }
             LinkEvent::Committed(epoch) => {
                 self.committed = self.committed.max(epoch);
+                self.progress_at = self.host.clock.now();
                 let covers = self.host.gate.covers_released(epoch);
                 let steps = self.protect.committed(session, epoch, covers);
                 self.take_all(steps)

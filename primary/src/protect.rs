@@ -12,6 +12,7 @@ use replication_proto::Epoch;
 pub struct Session(pub u64);
 
 /// What the shell does for the session.
+#[expect(clippy::large_enum_variant, reason = "one or two at a time, each carried out at once")]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Step {
     /// Connect to the backup, data and heartbeat; the answer is [`Protect::connected`] or [`Protect::lost`].
@@ -171,11 +172,9 @@ impl Protect {
         }
         let known_to_core = !matches!(self.state, State::Greeting { .. });
         self.state = State::Apart { dial_at: now.saturating_add(self.retry) };
-        let mut steps = vec![Step::Close(session)];
-        if known_to_core {
-            steps.push(Step::Decide(Input::LinkLost(loss)));
-        }
-        steps
+        // The core first: closing takes a moment, and it makes the backup contend for the record.
+        let told = known_to_core.then_some(Step::Decide(Input::LinkLost(loss)));
+        told.into_iter().chain([Step::Close(session)]).collect()
     }
 
     /// The decision core wants the connection closed.
