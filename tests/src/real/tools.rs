@@ -35,7 +35,6 @@ fn hint(tool: &str) -> &'static str {
     match tool {
         "ip" => "install the package iproute2",
         "redis-cli" | "redis-benchmark" => "install the package redis-tools",
-        "redis-server" => "install the package redis-server",
         "qemu-system-x86_64" => "install the package qemu-system-x86",
         "nsenter" | "unshare" => "install the package util-linux",
         "cargo" => "install Rust from https://rustup.rs",
