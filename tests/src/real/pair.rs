@@ -96,7 +96,9 @@ impl Pair {
         self.start_backup(Node::B)?;
         self.start_primary(Node::A, &[])?;
         self.wait_guest(START_LIMIT)?;
-        self.wait_protected(Node::A, START_LIMIT)
+        self.wait_protected(Node::A, START_LIMIT)?;
+        // The owner is protected from the record on; its backup reads of it a moment later.
+        self.wait_state(Node::B, "in_sync", START_LIMIT)
     }
 
     /// The wires.
