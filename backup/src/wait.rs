@@ -1,6 +1,5 @@
 //! The side that waits: carries what happens to the decision core and carries out what it answers, until this side runs the guest.
 
-use std::net::TcpStream;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,7 +13,7 @@ use primary::dial::dial_heartbeat;
 use primary::events::Event;
 use primary::host::{Flow, Host, HostEvent, core_goodbye};
 use primary::owner::{Owner, OwnerEvent};
-use primary::pulse::{self, PulseHandle, PulseReport};
+use primary::pulse::{self, HeartbeatStream, PulseHandle, PulseReport};
 use primary::runner::Runner;
 use primary::setup::SetupError;
 use replication_proto::{Epoch, Identity, LinkError, Pulse, ReceiverConfig, ReceiverLimits, RefuseCode};
@@ -44,7 +43,7 @@ pub enum WaitEvent {
     /// From a heartbeat connection.
     Pulse(PulseReport),
     /// A heartbeat connection that this side opened stands, or could not be made.
-    Asked(std::io::Result<TcpStream>),
+    Asked(std::io::Result<HeartbeatStream>),
 }
 
 /// The side that waits.
@@ -246,7 +245,7 @@ impl Waiter {
         }
     }
 
-    fn take_pulse(&mut self, stream: TcpStream, read: &Bytes) {
+    fn take_pulse(&mut self, stream: HeartbeatStream, read: &Bytes) {
         let pulse = Pulse::new(self.host.identity(), self.host.config.timers.heartbeat, self.host.clock.now());
         let tell = self.tell.clone();
         let voice = Arc::clone(&self.host.voice);

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use crossbeam::channel::{Receiver, Sender, never, select};
 use failover::arbiter::NodeRef;
-use failover::decide::{Action, FenceReason, GoodbyeReason, GuestEnd, Input, LinkLoss};
+use failover::decide::{Action, FenceReason, GoodbyeReason, GuestEnd, Input, LinkLoss, StateName};
 use failover::exit::ExitCode;
 use replication_proto::Pulse;
 use replication_proto::{Epoch, Identity};
@@ -139,8 +139,10 @@ impl Owner {
     }
 
     fn on_time(&mut self) -> Flow {
-        // Only a side that runs the guest looks for a backup.
-        if self.host.core.state_name().runs()
+        // Only a side that runs the guest, and means to, looks for a backup.
+        let state = self.host.core.state_name();
+        if state.runs()
+            && state != StateName::SwitchingOver
             && let Some(step) = self.protect.tick(self.host.clock.now())
             && let Flow::Exit(code) = self.take(step)
         {
@@ -255,6 +257,13 @@ impl Owner {
                 log::info!("the backup says goodbye: {reason}");
                 match self.connections.as_ref().and_then(|c| c.backup.clone()) {
                     Some(peer) => self.decide(Input::PeerGoodbye { peer, reason: GoodbyeReason::Leaving }),
+                    None => Flow::GoOn,
+                }
+            }
+            // After a goodbye the link closes by itself, and the decision core waits for what the backup makes of it.
+            LinkEvent::Closed(_) if self.connections.as_ref().is_some_and(|c| c.session == session && c.leaving) => {
+                match self.protect.drop_backup(self.host.clock.now()) {
+                    Some(step) => self.take(step),
                     None => Flow::GoOn,
                 }
             }

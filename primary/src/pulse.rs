@@ -59,6 +59,9 @@ pub struct Voice {
 /// Shared by all heartbeat threads of a process.
 pub type SharedVoice = Arc<Mutex<Voice>>;
 
+/// A connection that heartbeats run on, or will.
+pub type HeartbeatStream = TcpStream;
+
 /// A running heartbeat connection. Dropping the handle does not end it; [`PulseHandle::close`] does.
 pub struct PulseHandle {
     stream: TcpStream,
