@@ -1,4 +1,5 @@
 //! What the tests of the pair share.
 
+pub mod bench;
 pub mod machine;
 pub mod real;

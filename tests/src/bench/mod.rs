@@ -1,0 +1,53 @@
+//! The benchmark binary's subcommands.
+//!
+//! * [`pause`]: the pause of the product, beside its floor in the same run
+//! * [`subject`]: the product's machine under a dirtying load, and one checkpoint of it
+//! * [`floor`]: what a pause costs at least, on a plain KVM VM
+//! * [`figures`]: distributions
+
+pub mod figures;
+pub mod floor;
+pub mod pause;
+pub mod subject;
+
+/// What a benchmark could not do. One line for people.
+#[derive(Debug, thiserror::Error)]
+pub enum BenchError {
+    /// The machine cannot be built: among others because there is no /dev/kvm.
+    #[error(transparent)]
+    Build(#[from] vmm::BuildError),
+    /// The guest's image.
+    #[error(transparent)]
+    Boot(#[from] vmm::machine::BootError),
+    /// The guest did not run.
+    #[error(transparent)]
+    Run(#[from] vmm::machine::RunError),
+    /// The guest could not be stopped.
+    #[error(transparent)]
+    Pause(#[from] vmm::machine::PauseError),
+    /// The dirty log.
+    #[error(transparent)]
+    Dirty(#[from] vmm::machine::DirtyError),
+    /// A checkpoint failed.
+    #[error(transparent)]
+    Checkpoint(#[from] primary::epoch::CheckpointError),
+    /// Guest RAM.
+    #[error(transparent)]
+    Ram(#[from] vmm::memory::RamError),
+    /// A call to the host failed.
+    #[error("{what}: {source}")]
+    Host {
+        /// The call.
+        what: &'static str,
+        /// The host's answer.
+        source: std::io::Error,
+    },
+    /// What was measured is not what was meant to be.
+    #[error("{0}")]
+    Wrong(String),
+}
+
+/// Makes a [`BenchError::Host`] of a call's error.
+pub(crate) fn host<E: Into<std::io::Error>>(what: &'static str) -> impl FnOnce(E) -> BenchError {
+    move |source| BenchError::Host { what, source: source.into() }
+}
