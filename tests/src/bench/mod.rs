@@ -3,7 +3,7 @@
 //! * [`pause`]: the pause of the product, beside its floor in the same run
 //! * [`subject`]: the product's machine under a dirtying load, and one checkpoint of it
 //! * [`floor`]: what a pause costs at least, on a plain KVM VM
-//! * [`figures`]: distributions
+//! * [`figures`]: distributions of what was measured
 
 pub mod figures;
 pub mod floor;
