@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use failover::config::PairConfig;
 use failover::exit::ExitCode;
-use failover::generation::StateDir;
 use failover::status::NodeRole;
 use replication_proto::NodeName;
 use vmm::MachineEvent;
@@ -23,8 +22,6 @@ const SIGNAL_INTERVAL: Duration = Duration::from_millis(50);
 /// See [`SetupError`].
 pub fn run_alone(config: &PairConfig, node: NodeName) -> Result<ExitCode, SetupError> {
     let host = |what| move |source| SetupError::Host { what, source };
-    let section = config.node(&node).expect("picked from this configuration");
-    let _lock = StateDir::open(&section.state_dir, config.vm.id)?;
     let process = Process::begin(config, node, NodeRole::Primary)?;
     let Built { mut machine, gate, .. } = build_machine(config, &process)?;
     let terminate = Arc::new(AtomicBool::new(false));

@@ -126,13 +126,15 @@ pub struct Process {
     pub clock: Clock,
     /// What it shows.
     pub board: StatusBoard,
+    /// What survives it; locked, so that nothing else of this VM runs on this node.
+    pub state_dir: StateDir,
 }
 
 impl Process {
-    /// A new life.
+    /// A new life, alone on its node.
     ///
     /// # Errors
-    /// The host has no random numbers.
+    /// Another process of this VM runs here, or the host has no random numbers.
     pub fn begin(config: &PairConfig, node: NodeName, role: NodeRole) -> Result<Self, SetupError> {
         let clock = Clock::start();
         let mut bytes = [0; 16];
@@ -140,7 +142,9 @@ impl Process {
             .map_err(|e| SetupError::Host { what: "random numbers", source: std::io::Error::other(e) })?;
         let incarnation = Incarnation(u128::from_le_bytes(bytes));
         let board = StatusBoard::new(&Labels::new(config, &node, incarnation), role);
-        Ok(Self { node, incarnation, clock, board })
+        let section = config.node(&node).expect("picked from this configuration");
+        let state_dir = StateDir::open(&section.state_dir, config.vm.id)?;
+        Ok(Self { node, incarnation, clock, board, state_dir })
     }
 }
 
@@ -208,9 +212,8 @@ pub fn open_host(
     built: &Built,
 ) -> Result<Host, SetupError> {
     let host = |what| move |source| SetupError::Host { what, source };
-    let Process { node, incarnation, clock, board } = process;
+    let Process { node, incarnation, clock, board, state_dir } = process;
     let section = config.node(&node).expect("picked from this configuration").clone();
-    let state_dir = StateDir::open(&section.state_dir, config.vm.id)?;
     let events = EventFile::open(&section.state_dir, node.as_str()).map_err(host("the event file"))?;
     let arbiter = match &config.arbiter {
         ArbiterSection::File { path } => FileArbiter::open(path)?,
