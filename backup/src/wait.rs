@@ -28,6 +28,8 @@ use crate::standby::Standby;
 
 /// How often the status is brought up to date when nothing happens.
 const STATUS_INTERVAL: Duration = Duration::from_millis(100);
+/// Events handled before time is looked at again.
+const EVENTS_AT_ONCE: usize = 256;
 /// Heartbeat connections kept at one time; of more, the oldest is closed.
 const PULSES_MAX: usize = 4;
 /// Most bytes of one checkpoint's sections: machine state and held frames.
@@ -134,12 +136,10 @@ impl Waiter {
 
     /// Waits for one event and hands it to the decision core.
     fn step(&mut self) -> Vec<Action> {
-        let now = self.host.clock.now();
-        let deadlines = [self.host.core.next_deadline(now), self.ask_at];
-        let wait = deadlines.into_iter().flatten().map(|at| at.saturating_sub(now)).min().unwrap_or(STATUS_INTERVAL);
+        let wait = self.host.falls_asleep(self.ask_at, STATUS_INTERVAL);
         let arbiter = self.host.arbiter_answers().clone();
         let control = self.host.control_requests().clone();
-        let inputs = select! {
+        let mut inputs = select! {
             recv(self.events) -> event => event.map(|event| self.inputs_of(event)).unwrap_or_default(),
             recv(arbiter) -> answer => {
                 answer.map(|done| vec![self.host.input_of(HostEvent::Arbiter(done))]).unwrap_or_default()
@@ -147,8 +147,16 @@ impl Waiter {
             recv(control) -> request => {
                 request.map(|request| vec![self.host.input_of(HostEvent::Control(request))]).unwrap_or_default()
             }
-            default(wait.min(STATUS_INTERVAL)) => Vec::new(),
+            default(wait) => Vec::new(),
         };
+        self.host.wakes_up();
+        // All that has arrived counts before the time that passed: silence is judged last.
+        for _ in 0..EVENTS_AT_ONCE {
+            match self.events.try_recv() {
+                Ok(event) => inputs.extend(self.inputs_of(event)),
+                Err(_) => break,
+            }
+        }
         let mut actions: Vec<Action> = inputs.into_iter().flat_map(|input| self.host.decide(input)).collect();
         if self.host.terminate_requested() {
             let stop = self.host.stop_command();

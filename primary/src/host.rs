@@ -14,6 +14,7 @@ use failover::exit::ExitCode;
 use failover::generation::StateDir;
 use replication_proto::{Epoch, Facts, HeartbeatBody, Identity, NodeName, RamLayout, Refuse, SenderConfig};
 
+use crate::attention::Attention;
 use crate::clock::Clock;
 use crate::desk::{Desk, Scene};
 use crate::epoch::EpochParts;
@@ -61,6 +62,8 @@ pub struct Host {
     pub voice: SharedVoice,
     /// Who may run.
     pub core: Core,
+    /// What this process slept through.
+    pub attention: Attention,
     /// Status, control socket and health endpoint.
     pub desk: Desk,
     /// The guest's memory, as both sides must agree on it.
@@ -115,7 +118,7 @@ impl Host {
 
     /// Who this process is, under the highest generation that it knows.
     pub fn identity(&self) -> Identity {
-        let generation = self.core.view(self.clock.now()).generation;
+        let generation = self.core.view(self.core_now()).generation;
         let NodeRef { node, incarnation } = self.me.clone();
         Identity { vm: self.config.vm.id, node, generation, incarnation }
     }
@@ -182,9 +185,31 @@ impl Host {
         Input::PeerHeard { peer, report }
     }
 
+    /// Time as the decision core sees it.
+    pub fn core_now(&self) -> Duration {
+        self.attention.core_time(self.clock.now())
+    }
+
+    /// How long an event loop may sleep: until the core's next deadline or `other` (on this process's clock), but at most `most`.
+    pub fn falls_asleep(&mut self, other: Option<Duration>, most: Duration) -> Duration {
+        let (now, core_now) = (self.clock.now(), self.core_now());
+        let core = self.core.next_deadline(core_now).map(|at| at.saturating_sub(core_now));
+        let other = other.map(|at| at.saturating_sub(now));
+        let wait = core.into_iter().chain(other).fold(most, Duration::min);
+        self.attention.sleeps(now + wait);
+        wait
+    }
+
+    /// The event loop is awake again.
+    pub fn wakes_up(&mut self) {
+        if let Some(late) = self.attention.wakes(self.clock.now()) {
+            log::warn!("this process did not run for {late:?}; the peer is not held to blame for it");
+        }
+    }
+
     /// Hands an input to the decision core.
     pub fn decide(&mut self, input: Input) -> Vec<Action> {
-        self.core.handle(input, self.clock.now())
+        self.core.handle(input, self.core_now())
     }
 
     /// Carries out what is the same on both sides; hands back what is not. `committed`: the last committed epoch, for the event file.
@@ -219,7 +244,7 @@ impl Host {
 
     fn note_suspicion(&self, to: StateName) {
         if matches!(to, StateName::Contending | StateName::TakingOver) {
-            let silent = self.core.view(self.clock.now()).partner_age.unwrap_or_default();
+            let silent = self.core.view(self.core_now()).partner_age.unwrap_or_default();
             let silent = u64::try_from(silent.as_micros()).unwrap_or(u64::MAX);
             self.events.write(&Event::PeerQuiet { last_heard_us: monotonic_us().saturating_sub(silent) });
         }
@@ -257,7 +282,7 @@ impl Host {
 
     /// Brings heartbeats and the status up to date. `committed`: the last committed epoch, `ended`: the last that was begun to be sent.
     pub fn refresh_status(&mut self, committed: Epoch, ended: Epoch, connected: bool) {
-        let view = self.core.view(self.clock.now());
+        let view = self.core.view(self.core_now());
         let mut voice = self.voice.lock().unwrap_or_else(PoisonError::into_inner);
         voice.generation = view.generation;
         voice.body = HeartbeatBody {

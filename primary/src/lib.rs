@@ -14,6 +14,7 @@
 //! * [`host`]: what both sides' processes have in common: configuration, arbiter, control socket, health, status, events
 
 pub mod alone;
+pub mod attention;
 pub mod bulk;
 pub mod clock;
 pub mod desk;

@@ -38,10 +38,22 @@ pub enum OwnerEvent {
 
 /// How often the status is brought up to date when nothing happens.
 const STATUS_INTERVAL: Duration = Duration::from_millis(100);
+/// Events handled before time is looked at again.
+const EVENTS_AT_ONCE: usize = 256;
 /// Longest time without a commit while epochs wait for one.
 const STALL_LIMIT: Duration = Duration::from_secs(5);
 /// How long a goodbye may take to reach the socket before the process ends.
 const GOODBYE_PATIENCE: Duration = Duration::from_secs(1);
+
+/// What ended a wait.
+#[expect(clippy::large_enum_variant, reason = "one at a time, handled at once")]
+enum Woken {
+    Event(OwnerEvent),
+    Guest(MachineEvent),
+    GuestGone,
+    Host(HostEvent),
+    Nothing,
+}
 
 /// The connections of one session.
 struct Connections {
@@ -109,33 +121,47 @@ impl Owner {
 
     /// Waits for one event and handles it.
     fn step(&mut self) -> Flow {
-        let now = self.host.clock.now();
-        let deadlines = [self.host.core.next_deadline(now), self.protect.deadline()];
-        let wait = deadlines.into_iter().flatten().map(|at| at.saturating_sub(now)).min().unwrap_or(STATUS_INTERVAL);
+        let wait = self.host.falls_asleep(self.protect.deadline(), STATUS_INTERVAL);
         let arbiter = self.host.arbiter_answers().clone();
         let control = self.host.control_requests().clone();
-        let flow = select! {
-            recv(self.events) -> event => match event {
-                Ok(event) => self.on_event(event),
-                Err(_) => Flow::GoOn,
-            },
-            recv(self.guest) -> event => match event {
-                Ok(event) => self.on_guest(&event),
-                Err(_) => {
-                    self.guest = never();
-                    Flow::GoOn
-                }
-            },
-            recv(arbiter) -> answer => self.on_host(answer.ok().map(HostEvent::Arbiter)),
-            recv(control) -> request => self.on_host(request.ok().map(HostEvent::Control)),
-            default(wait.min(STATUS_INTERVAL)) => Flow::GoOn,
+        let woken = select! {
+            recv(self.events) -> event => event.map_or(Woken::Nothing, Woken::Event),
+            recv(self.guest) -> event => event.map_or(Woken::GuestGone, Woken::Guest),
+            recv(arbiter) -> answer => answer.map_or(Woken::Nothing, |done| Woken::Host(HostEvent::Arbiter(done))),
+            recv(control) -> request => request.map_or(Woken::Nothing, |asked| Woken::Host(HostEvent::Control(asked))),
+            default(wait) => Woken::Nothing,
         };
+        self.host.wakes_up();
+        let mut flow = self.on_woken(woken);
+        // All that has arrived counts before the time that passed: silence is judged last.
+        for _ in 0..EVENTS_AT_ONCE {
+            match (flow, self.events.try_recv()) {
+                (Flow::GoOn, Ok(event)) => flow = self.on_event(event),
+                _ => break,
+            }
+        }
         if let Flow::Exit(_) = flow {
             return flow;
         }
         let flow = self.on_time();
         self.refresh_status();
         flow
+    }
+
+    fn on_woken(&mut self, woken: Woken) -> Flow {
+        match woken {
+            Woken::Event(event) => self.on_event(event),
+            Woken::Guest(event) => self.on_guest(&event),
+            Woken::GuestGone => {
+                self.guest = never();
+                Flow::GoOn
+            }
+            Woken::Host(event) => {
+                let input = self.host.input_of(event);
+                self.decide(input)
+            }
+            Woken::Nothing => Flow::GoOn,
+        }
     }
 
     fn on_time(&mut self) -> Flow {
@@ -172,12 +198,6 @@ impl Owner {
             }
             _ => Flow::GoOn,
         }
-    }
-
-    fn on_host(&mut self, event: Option<HostEvent>) -> Flow {
-        let Some(event) = event else { return Flow::GoOn };
-        let input = self.host.input_of(event);
-        self.decide(input)
     }
 
     fn on_event(&mut self, event: OwnerEvent) -> Flow {

@@ -16,6 +16,7 @@ use vmm::config::{MachineConfig, MachineIo, NicConfig};
 use vmm::machine::BootError;
 use vmm::{BuildError, FramePort, KvmMachine, Machine, ModelBuildError, ModelMachine, Tap, TapError};
 
+use crate::attention::Attention;
 use crate::clock::Clock;
 use crate::desk::Desk;
 use crate::events::{Event, EventFile};
@@ -239,6 +240,7 @@ pub fn open_host(
         events,
         voice,
         core,
+        attention: Attention::default(),
         desk,
         ram: ram_layout(&*built.machine),
         facts: facts(&*built.machine),

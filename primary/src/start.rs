@@ -32,9 +32,7 @@ pub fn await_start(host: &mut Host) -> Start {
             return start;
         }
         host.refresh_status(Epoch(0), Epoch(0), false);
-        let now = host.clock.now();
-        let wait =
-            host.core.next_deadline(now).map_or(SIGNAL_INTERVAL, |at| at.saturating_sub(now)).min(SIGNAL_INTERVAL);
+        let wait = host.falls_asleep(None, SIGNAL_INTERVAL);
         let arbiter = host.arbiter_answers().clone();
         let control = host.control_requests().clone();
         let input = select! {
@@ -42,6 +40,7 @@ pub fn await_start(host: &mut Host) -> Start {
             recv(control) -> request => request.ok().map(|request| host.input_of(HostEvent::Control(request))),
             default(wait) => None,
         };
+        host.wakes_up();
         let input = match input {
             Some(input) => input,
             None if host.terminate_requested() => host.stop_command(),

@@ -4,7 +4,7 @@
 //! shadow; while the guest is still stopped, all of its RAM is compared with the shadow byte by byte. Every hundredth
 //! checkpoint is put into a fresh machine, which goes on serving the same connection.
 //!
-//! `FT_CHECKPOINTS` sets their number (5,000), `FT_SEED` the instants, `FT_RAM_MIB` the size of RAM (32).
+//! `FT_CHECKPOINTS` sets their number (5,000), `FT_SEED` the instants, `FT_RAM_MIB` the size of RAM (48).
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -99,7 +99,7 @@ fn checkpoints(vcpus: u8, count: u64) {
     let (outputs, frames) = Recorder::new();
     let (guest_end, host_end) = SocketPort::pair().expect("a socket pair");
     let port = Arc::new(guest_end);
-    let config = demo_config(demo_guest(), vcpus, from_env("FT_RAM_MIB", 32) << 20);
+    let config = demo_config(demo_guest(), vcpus, from_env("FT_RAM_MIB", 48) << 20);
     let mut machine = build(&config, &outputs, &port);
     machine.load().expect("the demo guest is bootable");
     let mut shadow = Shadow::zeroed(machine.ram());

@@ -37,6 +37,8 @@ pub(super) struct Before {
 pub(super) struct Moments {
     pub(super) protected_us: u64,
     pub(super) killed_us: u64,
+    /// When the kernel had taken the process apart; its connections close some time before.
+    pub(super) gone_us: Option<u64>,
     pub(super) detected_us: u64,
     pub(super) granted_us: u64,
     pub(super) activated_us: u64,
@@ -80,7 +82,7 @@ pub(super) fn ms_between(from_us: u64, to_us: u64) -> f64 {
 impl Outcome {
     /// Splits the gap.
     pub(super) fn parts(&self) -> Parts {
-        let Moments { protected_us: _, killed_us, detected_us, granted_us, activated_us, first_reply_us } =
+        let Moments { protected_us: _, killed_us, gone_us: _, detected_us, granted_us, activated_us, first_reply_us } =
             self.moments;
         Parts {
             detect: ms_between(killed_us, detected_us),

@@ -8,7 +8,7 @@ use tests::real::MachineKind;
 use tests::real::status::Points;
 
 use super::error::DemoError;
-use super::outcome::Outcome;
+use super::outcome::{Outcome, ms_between};
 use super::summary::{distributions, percentile};
 
 /// Writes the report of one run or of many.
@@ -40,6 +40,7 @@ fn one(outcome: &Outcome) -> Value {
         "wrong_values": outcome.report.wrong(),
         "connection_survived": outcome.connection_survived(),
         "failover_ms": parts,
+        "process_gone_ms": outcome.moments.gone_us.map(|at| rounded(ms_between(outcome.moments.killed_us, at))),
         "epochs": outcome.before.epochs,
         "pause_us": points(outcome.before.pause_us),
         "hold_ms": points(outcome.before.hold_ms),

@@ -75,6 +75,7 @@ fn story(args: &Args, seed: u64, pair: &mut Pair, screen: &Screen) -> Result<Out
     let moments = Moments {
         protected_us,
         killed_us,
+        gone_us: pair.daemon(Node::A).gone_us(),
         detected_us: took_over.detected_us,
         granted_us: took_over.granted_us,
         activated_us: took_over.activated_us,

@@ -30,7 +30,13 @@ fn timeline(outcome: &Outcome) {
     anstream::println!();
     line(moments.protected_us, "protected", "b holds the whole guest, output waits for its commits".into());
     line(moments.killed_us, "killed", format!("{how},{epoch} {acked} writes acknowledged so far"));
-    line(moments.detected_us, "detected", "b misses its peer".into());
+    let detected = (moments.detected_us, "detected", "b misses its peer");
+    let gone = moments.gone_us.map(|at| (at, "gone", "a's kernel has taken the process apart"));
+    let mut both: Vec<_> = gone.into_iter().chain([detected]).collect();
+    both.sort_by_key(|&(at, ..)| at);
+    for (at, what, note) in both {
+        line(at, what, note.into());
+    }
     let generation = outcome.generation.map_or(String::new(), |g| format!(": generation {g}"));
     line(moments.granted_us, "granted", format!("the arbiter gives b the right to run{generation}"));
     let took =

@@ -19,6 +19,7 @@ pub struct Daemon {
     log: PathBuf,
     child: Child,
     started_us: u64,
+    gone_us: Option<u64>,
 }
 
 impl Daemon {
@@ -36,7 +37,7 @@ impl Daemon {
         command.stdin(Stdio::null()).stdout(to).stderr(also).process_group(0);
         let started_us = clock::mono_us();
         let child = ns.spawn(command).map_err(|e| tools::start_error(&tool, e))?;
-        Ok(Self { node, name: format!("{name} on {node}"), log: log.to_path_buf(), child, started_us })
+        Ok(Self { node, name: format!("{name} on {node}"), log: log.to_path_buf(), child, started_us, gone_us: None })
     }
 
     /// The host on which it runs.
@@ -74,7 +75,14 @@ impl Daemon {
         let at = clock::mono_us();
         self.signal(Signal::KILL)?;
         self.child.wait().map_err(Error::io(format!("waiting for {}", self.name)))?;
+        self.gone_us = Some(clock::mono_us());
         Ok(at)
+    }
+
+    /// When the kernel had taken it apart after [`Self::kill`], its connections closed, in microseconds.
+    #[must_use]
+    pub fn gone_us(&self) -> Option<u64> {
+        self.gone_us
     }
 
     /// How it ended, `None` while it runs.

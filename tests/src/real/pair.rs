@@ -239,8 +239,17 @@ impl Pair {
         let deadline = Instant::now() + limit;
         loop {
             let log = self.events(node, since)?;
-            if log.iter().rev().find(|e| e.event == "state").is_some_and(|e| e.enters(state)) {
+            let last = log.iter().rev().find(|e| e.event == "state");
+            if last.is_some_and(|e| e.enters(state)) {
                 return Ok(());
+            }
+            if let Some(fenced) = last.filter(|e| e.enters("fenced")) {
+                // It never leaves this state by itself.
+                let why = fenced.reason.as_deref().unwrap_or("no reason given");
+                return Err(Error::answer(
+                    format!("{node} is to be {state}"),
+                    format!("it was fenced ({why});\n{}", self.logs()),
+                ));
             }
             self.daemon(node).check()?;
             if Instant::now() >= deadline {

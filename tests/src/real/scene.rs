@@ -13,7 +13,7 @@ use super::pair::{Pair, PairOptions};
 use super::{MachineKind, Result, tools};
 
 /// No test of the real pair takes longer than this; one that does is ended with the whole test process.
-const LIMIT: Duration = Duration::from_secs(300);
+const LIMIT: Duration = Duration::from_secs(600);
 
 /// Declares each function as a test on both machines: `kvm::name` and `model::name`.
 #[macro_export]
