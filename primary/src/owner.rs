@@ -46,7 +46,6 @@ const STALL_LIMIT: Duration = Duration::from_secs(5);
 const GOODBYE_PATIENCE: Duration = Duration::from_secs(1);
 
 /// What ended a wait.
-#[expect(clippy::large_enum_variant, reason = "one at a time, handled at once")]
 enum Woken {
     Event(OwnerEvent),
     Guest(MachineEvent),
