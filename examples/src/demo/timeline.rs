@@ -17,36 +17,34 @@ pub(super) fn print(outcome: &Outcome) {
 
 fn timeline(outcome: &Outcome) {
     let moments = outcome.moments;
-    let line = |at_us: u64, what: &str, note: String| {
-        let ms = ms_between(moments.killed_us, at_us);
-        anstream::println!("  {ms:>+10.1} ms  {BOLD}{what:<12}{BOLD:#} {FAINT}{note}{FAINT:#}");
-    };
     let how = match outcome.kill {
         Kill::Process => "SIGKILL to ft-primary on a",
         Kill::Host => "both cables of a cut, then SIGKILL",
     };
     let epoch = outcome.before.epochs.map_or(String::new(), |epoch| format!(" about epoch {epoch},"));
     let acked = outcome.acked_at_kill;
-    anstream::println!();
-    line(moments.protected_us, "protected", "b holds the whole guest, output waits for its commits".into());
-    line(moments.killed_us, "killed", format!("{how},{epoch} {acked} writes acknowledged so far"));
-    let detected = (moments.detected_us, "detected", "b misses its peer");
-    let gone = moments.gone_us.map(|at| (at, "gone", "a's kernel has taken the process apart"));
-    let mut both: Vec<_> = gone.into_iter().chain([detected]).collect();
-    both.sort_by_key(|&(at, ..)| at);
-    for (at, what, note) in both {
-        line(at, what, note.into());
-    }
     let generation = outcome.generation.map_or(String::new(), |g| format!(": generation {g}"));
-    line(moments.granted_us, "granted", format!("the arbiter gives b the right to run{generation}"));
     let took =
         outcome.activation_us.map_or(String::new(), |us| format!(", activated in {:.1} ms", us as f64 / 1_000.0));
-    line(moments.activated_us, "activated", format!("the guest runs on b{took}"));
-    if let Some(at) = moments.first_reply_us {
-        line(at, "first reply", "to the client, on the connection that it opened before".into());
-    }
-    if let Some(last) = outcome.report.acks.last() {
-        line(last.at_us, "last write", format!("{} acknowledged in all", outcome.report.acks.len()));
+    let mut lines = vec![
+        (moments.protected_us, "protected", "b holds the whole guest, output waits for its commits".to_owned()),
+        (moments.killed_us, "killed", format!("{how},{epoch} {acked} writes acknowledged so far")),
+        (moments.detected_us, "detected", "b misses its peer".to_owned()),
+        (moments.granted_us, "granted", format!("the arbiter gives b the right to run{generation}")),
+        (moments.activated_us, "activated", format!("the guest runs on b{took}")),
+    ];
+    let first = moments.first_reply_us;
+    lines.extend(
+        first.map(|at| (at, "first reply", "to the client, on the connection that it opened before".to_owned())),
+    );
+    lines.extend(moments.gone_us.map(|at| (at, "gone", "a's kernel has taken all of the process apart".to_owned())));
+    let all = outcome.report.acks.len();
+    lines.extend(outcome.report.acks.last().map(|ack| (ack.at_us, "last write", format!("{all} acknowledged in all"))));
+    lines.sort_by_key(|&(at, ..)| at);
+    anstream::println!();
+    for (at_us, what, note) in lines {
+        let ms = ms_between(moments.killed_us, at_us);
+        anstream::println!("  {ms:>+10.1} ms  {BOLD}{what:<12}{BOLD:#} {FAINT}{note}{FAINT:#}");
     }
 }
 
