@@ -14,6 +14,7 @@ pub mod ids;
 pub mod limits;
 mod liveness;
 mod message;
+pub mod mutant;
 mod negotiate;
 mod pulse;
 mod ram;

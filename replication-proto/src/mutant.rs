@@ -1,0 +1,105 @@
+//! Wrong rules, to prove that the checks catch them: each variant breaks one safety rule at the place where the code asks [`is`]. Without the
+//! feature `mutants`, which no shipped binary has, [`is`] is the constant `false` and nothing of this is compiled in.
+
+/// A rule, broken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Mutant {
+    /// The owner goes solo without asking the arbiter.
+    SoloWithoutCas,
+    /// The backup takes over without asking the arbiter.
+    TakeoverWithoutCas,
+    /// The record's `in_sync` is compared by node only: a restarted, empty backup may take over.
+    RecordWithoutIncarnation,
+    /// The backup acknowledges after it has learnt that its takeover succeeded.
+    AckAfterPromotion,
+    /// The backup acknowledges an epoch when its end arrives, before it is verified and committed.
+    AckBeforeCommit,
+    /// The record names the backup before output is held and covered.
+    InSyncBeforeHolding,
+    /// An uncertain in-sync compare-and-swap is treated as one that failed: output opens again.
+    UncertainSyncIsFailure,
+    /// *Solo* is concluded from a read while an own in-sync compare-and-swap may still be applied.
+    SoloFromBareRead,
+    /// A dirty set is retired when its checkpoint was sent, not when it is committed.
+    RetireOnSend,
+    /// Held output leaves when the link to the backup is lost.
+    GateOpensOnLinkLoss,
+    /// Acknowledgements release output whatever generation they name.
+    AckGenerationUnchecked,
+    /// While the guest runs, dirty bits are cleared after their pages were copied, not before.
+    DirtyClearedAfterCopy,
+    /// The dirty set is taken before the machine state is captured, which itself writes guest memory.
+    DirtyBeforeCapture,
+    /// A restarted primary boots at once although the record names a backup in sync.
+    RestartedPrimaryBoots,
+    /// Status says PROTECTED as soon as the base is committed.
+    ProtectedTooEarly,
+    /// The pages of an incomplete epoch go straight into the standby's memory.
+    DeltaIntoStandby,
+    /// A record of a lower generation than was seen is believed.
+    RollbackBelieved,
+    /// An ordered stop says goodbye and ends before the record says *stopped*.
+    StopUnrecorded,
+    /// A checkpoint's outputs are sealed after the guest ran on.
+    SealAfterResume,
+    /// The owner takes any backup's acknowledgement, not only that of the one in the record.
+    AckOfAnyIncarnation,
+}
+
+impl Mutant {
+    /// Every one of them.
+    pub const ALL: [Self; 20] = [
+        Self::SoloWithoutCas,
+        Self::TakeoverWithoutCas,
+        Self::RecordWithoutIncarnation,
+        Self::AckAfterPromotion,
+        Self::AckBeforeCommit,
+        Self::InSyncBeforeHolding,
+        Self::UncertainSyncIsFailure,
+        Self::SoloFromBareRead,
+        Self::RetireOnSend,
+        Self::GateOpensOnLinkLoss,
+        Self::AckGenerationUnchecked,
+        Self::DirtyClearedAfterCopy,
+        Self::DirtyBeforeCapture,
+        Self::RestartedPrimaryBoots,
+        Self::ProtectedTooEarly,
+        Self::DeltaIntoStandby,
+        Self::RollbackBelieved,
+        Self::StopUnrecorded,
+        Self::SealAfterResume,
+        Self::AckOfAnyIncarnation,
+    ];
+}
+
+/// Whether this rule is broken now, on this thread.
+#[cfg(not(feature = "mutants"))]
+#[must_use]
+pub const fn is(_: Mutant) -> bool {
+    false
+}
+
+#[cfg(feature = "mutants")]
+pub use active::{activate, is};
+
+#[cfg(feature = "mutants")]
+mod active {
+    use std::cell::Cell;
+
+    use super::Mutant;
+
+    thread_local! {
+        static ACTIVE: Cell<Option<Mutant>> = const { Cell::new(None) };
+    }
+
+    /// Breaks one rule on this thread from now on, or none.
+    pub fn activate(mutant: Option<Mutant>) {
+        ACTIVE.set(mutant);
+    }
+
+    /// Whether this rule is broken now, on this thread.
+    #[must_use]
+    pub fn is(mutant: Mutant) -> bool {
+        ACTIVE.get() == Some(mutant)
+    }
+}
