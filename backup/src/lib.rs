@@ -4,18 +4,20 @@
 //! * [`inbox`]: the incomplete epoch, which the standby never sees
 //! * [`inbound`]: copies of frames that reached the guest in epochs that are not committed
 //! * [`commit`]: **the story** of a commit: verify, commit, acknowledge
+//! * [`intake`]: ties these to the data connection's bytes; pure
 //! * [`standby`]: the machine that never ran, and the thread that applies committed checkpoints
 //! * [`activate`]: **the other story**: the standby becomes the machine that runs
 //! * [`announce`]: the LAN learns where the guest is
 //! * [`silent`]: taps that listen and say nothing
-//! * [`link`]: the listening side of replication
-//! * [`wait`]: the event loop that ties them to the decision core
+//! * [`link`]: the listening sockets, and their thread
+//! * [`wait`]: [`wait::course`] ties what happens to the decision core, purely; the event loop around it carries its orders out
 
 pub mod activate;
 pub mod announce;
 pub mod commit;
 pub mod inbound;
 pub mod inbox;
+pub mod intake;
 pub mod link;
 pub mod silent;
 pub mod standby;

@@ -1,5 +1,5 @@
-//! The listening side of replication: accepts connections, greets them, receives checkpoints, commits and acknowledges them. The
-//! only sockets of the backup, on one thread; heartbeat connections are handed on to threads of their own.
+//! The listening side of replication: accepts connections and greets them. The only sockets of the backup, on one thread; heartbeat connections
+//! are handed on to threads of their own. What the bytes of the data connection mean is [`crate::intake`]'s business.
 
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
@@ -13,15 +13,11 @@ use bytes::Bytes;
 use mio::net::{TcpListener, TcpStream};
 use mio::{Events, Interest, Poll, Registry, Token, Waker};
 use primary::clock::Clock;
-use replication_proto::Greeting;
-use replication_proto::LinkError;
-use replication_proto::{Channel, CheckpointKind, GoodbyeReason, RefuseCode};
-use replication_proto::{Epoch, Generation, Identity};
-use replication_proto::{Receiver, ReceiverConfig, ReceiverEvent};
+use replication_proto::{Channel, Generation, Greeting, Identity, LinkError};
 
-use crate::commit::{CommitError, Commits, Holding};
+use crate::commit::Holding;
 use crate::inbound::Inbound;
-use crate::inbox::{Destination, Inbox, InboxError, PageBatch};
+use crate::intake::{Intake, IntakeEvent, LinkEnd};
 use crate::standby::Applier;
 
 const LISTENER: Token = Token(0);
@@ -38,45 +34,10 @@ const READS_AT_ONCE: usize = 64;
 /// What the link tells its owner.
 #[derive(Debug)]
 pub enum LinkEvent {
-    /// A compatible primary is connected.
-    Opened(Identity),
-    /// It begins a base: the standby is hollow.
-    BaseBegun(Identity),
-    /// The base is committed.
-    BaseCommitted(Identity, Epoch),
-    /// A further epoch is committed.
-    Committed(Epoch),
-    /// Bytes of the primary arrived.
-    Heard(Identity),
-    /// The primary leaves on purpose.
-    Goodbye(Identity, GoodbyeReason),
-    /// The data connection is gone.
-    Closed(LinkEnd),
+    /// Something came of the primary's bytes; never one of the events that are for the applier.
+    Intake(IntakeEvent),
     /// Someone opened a heartbeat connection; what was read of it comes along.
     Heartbeat(std::net::TcpStream, Bytes),
-}
-
-/// Why a data connection ended.
-#[derive(Debug, thiserror::Error)]
-pub enum LinkEnd {
-    /// The primary's kernel closed it.
-    #[error("closed by the primary")]
-    EndOfFile,
-    /// The network failed.
-    #[error("connection failed: {0}")]
-    Io(#[from] io::Error),
-    /// The primary broke the protocol.
-    #[error("protocol: {0}")]
-    Protocol(#[from] LinkError),
-    /// A checkpoint was not what it claims to be.
-    #[error("{0}")]
-    Commit(#[from] CommitError),
-    /// A checkpoint does not fit.
-    #[error("{0}")]
-    Inbox(#[from] InboxError),
-    /// A primary of a higher generation took its place.
-    #[error("displaced by a connection of a higher generation")]
-    Displaced,
 }
 
 /// What the link thread shares with the rest of the process.
@@ -134,24 +95,18 @@ impl LinkBuilder {
     /// No thread could be started.
     pub fn start(
         self,
-        config: ReceiverConfig,
-        inbox: Inbox,
-        commits: Commits,
+        intake: Intake,
         applier: Applier,
         clock: Clock,
         tell: impl Fn(LinkEvent) + Send + 'static,
     ) -> io::Result<LinkThread> {
         let Self { listener, poll, handle } = self;
-        handle.shared.generation.store(config.identity.generation.0, Ordering::Release);
         let state = Server {
             listener,
             poll,
             waker: Arc::clone(&handle.waker),
             shared: Arc::clone(&handle.shared),
-            config,
-            inbox,
-            inbound: Inbound::default(),
-            commits,
+            intake,
             applier,
             clock,
             greetings: BTreeMap::new(),
@@ -210,11 +165,10 @@ struct Stranger {
     since: Duration,
 }
 
+/// The socket of the data connection.
 struct Data {
     stream: TcpStream,
     token: Token,
-    protocol: Receiver,
-    peer: Option<Identity>,
     writing: Bytes,
 }
 
@@ -223,10 +177,7 @@ struct Server {
     poll: Poll,
     waker: Arc<Waker>,
     shared: Arc<LinkShared>,
-    config: ReceiverConfig,
-    inbox: Inbox,
-    inbound: Inbound,
-    commits: Commits,
+    intake: Intake,
     applier: Applier,
     clock: Clock,
     greetings: BTreeMap<Token, Stranger>,
@@ -249,7 +200,6 @@ impl Server {
                 }
                 Ok(()) => {}
             }
-            self.note_applied();
             for event in &ready {
                 match event.token() {
                     LISTENER => self.accept(),
@@ -262,9 +212,7 @@ impl Server {
             self.close_slow_strangers();
         }
         // Rule R2: nothing is acknowledged once the takeover is known here.
-        let holding = self.commits.close();
-        self.inbox.drop_incomplete();
-        (holding, self.inbound)
+        self.intake.close()
     }
 
     // ---- strangers ---------------------------------------------------------------------------------------------------------------
@@ -339,60 +287,46 @@ impl Server {
 
     // ---- the data connection -----------------------------------------------------------------------------------------------------
 
-    /// Takes a data connection on. While one is in use, only a higher generation may displace it, or the same process coming again.
     fn open_data(&mut self, stream: TcpStream, token: Token, peer: &Identity, read: &[u8]) {
-        let mut config = self.config.clone();
-        config.identity.generation = Generation(self.shared.generation.load(Ordering::Acquire));
-        let mut data = Data { stream, token, protocol: Receiver::new(config), peer: None, writing: Bytes::new() };
-        let busy = self.data.as_ref().and_then(|current| current.peer.as_ref()).is_some_and(|current| {
-            peer.generation < current.generation
-                || (peer.generation == current.generation && peer.incarnation != current.incarnation)
-        });
-        if busy {
+        let mut data = Data { stream, token, writing: Bytes::new() };
+        if !self.intake.admits(peer) {
             // A refusal is the last word; whether it arrives is the stranger's concern.
-            data.protocol.refuse(RefuseCode::Busy, "another primary is connected").ok();
-            data.transmit().ok();
+            data.write_all(self.intake.turn_away().into_iter()).ok();
             return;
         }
         if self.data.is_some() {
             self.end_data(LinkEnd::Displaced);
         }
-        let fed = data.protocol.handle_bytes(read);
+        let known = Generation(self.shared.generation.load(Ordering::Acquire));
         self.data = Some(data);
-        let served = fed.map_err(LinkEnd::from).and_then(|()| self.take_events());
-        if let Err(end) = served {
-            self.end_data(end);
-        }
+        let served = self.intake.raise_generation(known).and_then(|()| {
+            self.intake.open();
+            self.intake.handle_bytes(read)
+        });
+        self.settle(served);
     }
 
     fn serve_data(&mut self, buffer: &mut [u8]) {
-        if self.data.is_none() {
-            return;
-        }
-        if let Err(end) = self.receive(buffer) {
-            self.end_data(end);
-        }
+        let served = self.receive(buffer);
+        self.settle(served);
     }
 
     fn receive(&mut self, buffer: &mut [u8]) -> Result<(), LinkEnd> {
+        let applied = self.shared.applied_bytes.swap(0, Ordering::AcqRel);
+        self.intake.applied(applied)?;
         for _ in 0..READS_AT_ONCE {
-            self.send_acks()?;
+            self.transmit()?;
             let Some(data) = &mut self.data else { return Ok(()) };
             if self.shared.stopping.load(Ordering::Acquire) {
                 return Ok(());
             }
-            let known = Generation(self.shared.generation.load(Ordering::Acquire));
-            if known > data.protocol.generation() {
-                data.protocol.raise_generation(known)?;
-            }
+            self.intake.raise_generation(Generation(self.shared.generation.load(Ordering::Acquire)))?;
             match data.stream.read(buffer) {
-                Ok(0) => {
-                    data.protocol.handle_eof()?;
-                    return Err(LinkEnd::EndOfFile);
-                }
+                Ok(0) => self.intake.handle_eof()?,
                 Ok(n) => {
-                    data.protocol.handle_bytes(&buffer[..n])?;
-                    self.take_events()?;
+                    let handled = self.intake.handle_bytes(&buffer[..n]);
+                    self.pass_on();
+                    handled?;
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
@@ -404,93 +338,52 @@ impl Server {
         Ok(())
     }
 
-    fn take_events(&mut self) -> Result<(), LinkEnd> {
-        while let Some(data) = &mut self.data {
-            let Some(event) = data.protocol.poll_event()? else { break };
-            self.on_event(event)?;
+    /// Passes on what came of it, and ends the connection if it is over.
+    fn settle(&mut self, served: Result<(), LinkEnd>) {
+        self.pass_on();
+        if let Err(end) = served.and_then(|()| self.transmit()) {
+            self.end_data(end);
         }
-        if let Some(peer) = self.data.as_ref().and_then(|d| d.peer.clone()) {
-            (self.tell)(LinkEvent::Heard(peer));
-        }
-        self.send_acks()
     }
 
-    fn on_event(&mut self, event: ReceiverEvent) -> Result<(), LinkEnd> {
-        let peer = self.data.as_ref().and_then(|d| d.peer.clone());
-        match (event, peer) {
-            (ReceiverEvent::Opened { peer }, _) => {
-                self.shared.generation.fetch_max(peer.generation.0, Ordering::AcqRel);
-                if let Some(data) = &mut self.data {
-                    data.peer = Some(peer.clone());
+    fn pass_on(&mut self) {
+        while let Some(event) = self.intake.poll_event() {
+            match event {
+                IntakeEvent::ApplyHollow(pages) => self.applier.apply_hollow(pages),
+                IntakeEvent::Apply(committed) => self.applier.apply(committed),
+                IntakeEvent::Opened(peer) => {
+                    self.shared.generation.fetch_max(peer.generation.0, Ordering::AcqRel);
+                    (self.tell)(LinkEvent::Intake(IntakeEvent::Opened(peer)));
                 }
-                (self.tell)(LinkEvent::Opened(peer));
+                other => (self.tell)(LinkEvent::Intake(other)),
             }
-            (ReceiverEvent::Begin { epoch, kind }, Some(peer)) => {
-                self.inbox.begin(epoch, kind)?;
-                if kind == CheckpointKind::Base {
-                    self.commits.begin_base();
-                    self.inbound.clear();
-                    (self.tell)(LinkEvent::BaseBegun(peer));
-                }
-            }
-            (ReceiverEvent::Pages { indexes, bytes }, _) => {
-                if let Destination::Hollow(batch) = self.inbox.pages(PageBatch { indexes, bytes })? {
-                    self.applier.apply_hollow(batch);
-                }
-            }
-            (ReceiverEvent::Section { kind, version, bytes }, _) => self.inbox.section(kind, version, &bytes)?,
-            (ReceiverEvent::End(end), Some(peer)) => {
-                let committed = self.commits.commit(self.inbox.take()?, &end)?;
-                self.inbound.committed(end.epoch);
-                self.applier.apply(committed);
-                (self.tell)(match end.kind {
-                    CheckpointKind::Base => LinkEvent::BaseCommitted(peer, end.epoch),
-                    CheckpointKind::Delta => LinkEvent::Committed(end.epoch),
-                });
-            }
-            (ReceiverEvent::Inbound { epoch, nic, frame }, _) => self.inbound.keep(epoch, nic, &frame),
-            (ReceiverEvent::Goodbye(goodbye), Some(peer)) => (self.tell)(LinkEvent::Goodbye(peer, goodbye.reason)),
-            (other, None) => unreachable!("the receiver opens first: {other:?}"),
         }
-        Ok(())
     }
 
-    fn note_applied(&mut self) {
-        let bytes = self.shared.applied_bytes.swap(0, Ordering::AcqRel);
-        self.commits.applied(bytes);
-    }
-
-    fn send_acks(&mut self) -> Result<(), LinkEnd> {
-        let Some(data) = &mut self.data else { return Ok(()) };
-        for epoch in self.commits.acks_due() {
-            data.protocol.ack(epoch)?;
-        }
-        data.transmit()?;
+    fn transmit(&mut self) -> Result<(), LinkEnd> {
+        let Self { data: Some(data), intake, .. } = self else { return Ok(()) };
+        data.write_all(std::iter::from_fn(|| intake.poll_transmit()))?;
         Ok(())
     }
 
     fn end_data(&mut self, end: LinkEnd) {
-        if let LinkEnd::Protocol(error) = &end {
-            self.count(error);
-        }
-        let refusal = match &end {
-            LinkEnd::Commit(error) => Some((RefuseCode::Misbehaved, error.to_string())),
-            LinkEnd::Inbox(error) => Some((RefuseCode::Overload, error.to_string())),
-            _ => None,
-        };
-        self.inbox.drop_incomplete();
-        self.commits.connection_lost();
-        if let Some(mut data) = self.data.take() {
-            if let Some((code, text)) = refusal {
+        match &end {
+            LinkEnd::Protocol(error) => self.count(error),
+            LinkEnd::Commit(_) | LinkEnd::Inbox(_) => {
                 self.shared.protocol_errors.fetch_add(1, Ordering::Relaxed);
-                data.protocol.refuse(code, &text).ok();
             }
-            // The last word, if there is one, goes out as far as the socket takes it.
-            data.transmit().ok();
-            self.forget(&mut data.stream);
+            LinkEnd::EndOfFile | LinkEnd::Io(_) | LinkEnd::Displaced => {}
+        }
+        if let Some(data) = &self.data {
             log::info!("data connection {}: {end}", data.token.0);
         }
-        (self.tell)(LinkEvent::Closed(end));
+        self.intake.end(end);
+        // The last word, if there is one, goes out as far as the socket takes it.
+        self.transmit().ok();
+        if let Some(mut data) = self.data.take() {
+            self.forget(&mut data.stream);
+        }
+        self.pass_on();
     }
 
     fn forget(&self, stream: &mut TcpStream) {
@@ -506,10 +399,11 @@ fn deregister(registry: &Registry, stream: &mut TcpStream) {
 }
 
 impl Data {
-    fn transmit(&mut self) -> io::Result<()> {
+    /// Writes until the socket is full or nothing waits.
+    fn write_all(&mut self, mut frames: impl Iterator<Item = Bytes>) -> io::Result<()> {
         loop {
             if self.writing.is_empty() {
-                match self.protocol.poll_transmit() {
+                match frames.next() {
                     Some(frame) => self.writing = frame,
                     None => return Ok(()),
                 }

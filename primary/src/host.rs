@@ -9,13 +9,13 @@ use crossbeam::channel::Receiver;
 use failover::arbiter::{ArbiterThread, Completed, NodeRef};
 use failover::config::PairConfig;
 use failover::control::ControlRequest;
-use failover::decide::{Action, Command, Core, GoodbyeReason, Input, PeerReport, StateName};
+use failover::decide::{Action, Command, GoodbyeReason, Input, StateName};
 use failover::exit::ExitCode;
 use failover::generation::StateDir;
-use replication_proto::{Epoch, Facts, HeartbeatBody, Identity, NodeName, RamLayout, Refuse, SenderConfig};
+use replication_proto::{Epoch, Facts, Identity, NodeName, RamLayout, Refuse, SenderConfig};
 
-use crate::attention::Attention;
 use crate::clock::Clock;
+use crate::decider::{Decider, voice};
 use crate::desk::{Desk, Scene};
 use crate::epoch::EpochParts;
 use crate::events::{Event, EventFile, monotonic_us};
@@ -28,8 +28,6 @@ use crate::staging::Arena;
 
 /// Checkpoints on their way at one time: enough to hide a round trip, few enough that an overload lengthens epochs soon.
 pub const EPOCHS_IN_FLIGHT: usize = 8;
-/// Bit of a heartbeat's `armed` byte: the speaker is PROTECTED.
-const SAYS_PROTECTED: u8 = 1;
 
 /// Whether the process goes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,9 +59,7 @@ pub struct Host {
     /// What heartbeats say.
     pub voice: SharedVoice,
     /// Who may run.
-    pub core: Core,
-    /// What this process slept through.
-    pub attention: Attention,
+    pub decider: Decider,
     /// Status, control socket and health endpoint.
     pub desk: Desk,
     /// The guest's memory, as both sides must agree on it.
@@ -118,9 +114,7 @@ impl Host {
 
     /// Who this process is, under the highest generation that it knows.
     pub fn identity(&self) -> Identity {
-        let generation = self.core.view(self.core_now()).generation;
-        let NodeRef { node, incarnation } = self.me.clone();
-        Identity { vm: self.config.vm.id, node, generation, incarnation }
+        self.decider.identity()
     }
 
     /// How this side speaks on a data connection.
@@ -175,41 +169,21 @@ impl Host {
         }
     }
 
-    /// A frame of the peer arrived.
-    pub fn heard(&self, peer: &Identity, body: Option<&HeartbeatBody>) -> Input {
-        let report = body.map(|body| PeerReport {
-            arbiter_age: body.arbiter_ok_ms.map(|ms| Duration::from_millis(u64::from(ms))),
-            protected: body.armed & SAYS_PROTECTED != 0,
-        });
-        let peer = NodeRef { node: peer.node.clone(), incarnation: peer.incarnation };
-        Input::PeerHeard { peer, report }
-    }
-
-    /// Time as the decision core sees it.
-    pub fn core_now(&self) -> Duration {
-        self.attention.core_time(self.clock.now())
-    }
-
     /// How long an event loop may sleep: until the core's next deadline or `other` (on this process's clock), but at most `most`.
     pub fn falls_asleep(&mut self, other: Option<Duration>, most: Duration) -> Duration {
-        let (now, core_now) = (self.clock.now(), self.core_now());
-        let core = self.core.next_deadline(core_now).map(|at| at.saturating_sub(core_now));
-        let other = other.map(|at| at.saturating_sub(now));
-        let wait = core.into_iter().chain(other).fold(most, Duration::min);
-        self.attention.sleeps(now + wait);
-        wait
+        self.decider.falls_asleep(self.clock.now(), other, most)
     }
 
     /// The event loop is awake again.
     pub fn wakes_up(&mut self) {
-        if let Some(late) = self.attention.wakes(self.clock.now()) {
+        if let Some(late) = self.decider.wakes_up(self.clock.now()) {
             log::warn!("this process did not run for {late:?}; the peer is not held to blame for it");
         }
     }
 
     /// Hands an input to the decision core.
     pub fn decide(&mut self, input: Input) -> Vec<Action> {
-        self.core.handle(input, self.core_now())
+        self.decider.decide(input, self.clock.now())
     }
 
     /// Carries out what is the same on both sides; hands back what is not. `committed`: the last committed epoch, for the event file.
@@ -244,7 +218,7 @@ impl Host {
 
     fn note_suspicion(&self, to: StateName) {
         if matches!(to, StateName::Contending | StateName::TakingOver) {
-            let silent = self.core.view(self.core_now()).partner_age.unwrap_or_default();
+            let silent = self.decider.view(self.clock.now()).partner_age.unwrap_or_default();
             let silent = u64::try_from(silent.as_micros()).unwrap_or(u64::MAX);
             self.events.write(&Event::PeerQuiet { last_heard_us: monotonic_us().saturating_sub(silent) });
         }
@@ -282,16 +256,8 @@ impl Host {
 
     /// Brings heartbeats and the status up to date. `committed`: the last committed epoch, `ended`: the last that was begun to be sent.
     pub fn refresh_status(&mut self, committed: Epoch, ended: Epoch, connected: bool) {
-        let view = self.core.view(self.core_now());
-        let mut voice = self.voice.lock().unwrap_or_else(PoisonError::into_inner);
-        voice.generation = view.generation;
-        voice.body = HeartbeatBody {
-            committed_epoch: committed,
-            state: StateName::ALL.iter().zip(0u8..).find(|(s, _)| **s == view.state).map_or(0, |(_, n)| n),
-            armed: if view.protected { SAYS_PROTECTED } else { 0 },
-            arbiter_ok_ms: view.arbiter_age.map(|age| u32::try_from(age.as_millis()).unwrap_or(u32::MAX)),
-        };
-        drop(voice);
+        let view = self.decider.view(self.clock.now());
+        *self.voice.lock().unwrap_or_else(PoisonError::into_inner) = voice(&view, committed);
         let scene = Scene {
             committed,
             ended,

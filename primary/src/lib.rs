@@ -2,7 +2,8 @@
 //!
 //! In reading order:
 //! * [`epoch`]: **the story** of a checkpoint, from the end of an epoch to the send
-//! * [`link`]: the data connection; the story goes on there to the commit, the release and the retirement
+//! * [`stream`]: the data connection's pure half; the story goes on there to the commit, the release and the retirement
+//! * [`link`]: its socket and thread
 //! * [`staging`]: buffers that own a checkpoint once the guest runs on
 //! * [`output`]: the gate that holds what the guest says until its epoch is committed
 //! * [`mirror`]: inbound frames, told to the backup as they arrive
@@ -10,13 +11,15 @@
 //! * [`pacer`]: when an epoch ends
 //! * [`runner`]: the thread that owns the machine
 //! * [`protect`]: the life of a protection session; pure
-//! * [`owner`]: the event loop that ties them to the decision core
+//! * [`owner`]: [`owner::course`] ties that to the decision core, purely; the event loop around it carries its orders out
+//! * [`decider`]: the decision core as a process holds it
 //! * [`host`]: what both sides' processes have in common: configuration, arbiter, control socket, health, status, events
 
 pub mod alone;
 pub mod attention;
 pub mod bulk;
 pub mod clock;
+pub mod decider;
 pub mod desk;
 pub mod dial;
 pub mod epoch;
@@ -34,3 +37,4 @@ pub mod runner;
 pub mod setup;
 pub mod staging;
 pub mod start;
+pub mod stream;

@@ -1,27 +1,22 @@
-//! The data connection to the backup, and the rest of a checkpoint's story: encode, send, acknowledgement, release, retire (steps 8, 9
-//! and 14 to 16). The only socket that carries guest state, on one thread that does nothing else.
+//! The data connection to the backup: the only socket that carries guest state, on one thread that does nothing else. What the bytes mean is
+//! [`crate::stream`]'s business.
 
-use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Instant;
 
 use bytes::Bytes;
 use crossbeam::channel::{Receiver, Sender, TryRecvError, unbounded};
 use mio::{Events, Interest, Poll, Token, Waker};
-use replication_proto::LinkError;
-use replication_proto::{CheckpointKind, GoodbyeReason, Refuse};
-use replication_proto::{Epoch, Generation, Identity};
-use replication_proto::{Sender as Protocol, SenderConfig, SenderEvent};
-use vmm::DirtySet;
+use replication_proto::{Epoch, GoodbyeReason, LinkError, SenderConfig};
 
 use crate::epoch::{CheckpointError, ROOM_PATIENCE, StagedCheckpoint};
 use crate::metrics::Metrics;
 use crate::output::Gate;
 use crate::staging::{Arena, StagedPages};
+use crate::stream::{Stream, StreamEvent};
 
 const SOCKET: Token = Token(0);
 const WAKE: Token = Token(1);
@@ -45,21 +40,8 @@ pub struct LinkLimits {
 /// What the link tells its owner.
 #[derive(Debug)]
 pub enum LinkEvent {
-    /// The backup is compatible and waits for the base.
-    Accepted(Identity),
-    /// The backup refused protection, and said why.
-    Refused {
-        /// Why.
-        refuse: Refuse,
-        /// The highest generation that the backup knows.
-        generation: Generation,
-    },
-    /// The backup holds every epoch up to this one. Outputs have been released already, where commits are trusted.
-    Committed(Epoch),
-    /// Bytes arrived: the peer lives.
-    Heard,
-    /// The backup said goodbye.
-    Goodbye(GoodbyeReason),
+    /// Something came of the backup's bytes.
+    Stream(StreamEvent),
     /// The connection is gone; un-acknowledged dirty sets went back to the ledger.
     Closed(LinkEnd),
 }
@@ -116,33 +98,31 @@ impl Link {
     /// # Errors
     /// The socket cannot be made non-blocking or polled, or no thread could be started.
     pub fn start(
-        stream: TcpStream,
+        socket: TcpStream,
         protocol: SenderConfig,
         limits: LinkLimits,
         gate: Arc<Gate>,
         metrics: Arc<Metrics>,
         tell: impl Fn(LinkEvent) + Send + 'static,
     ) -> io::Result<(Self, JoinHandle<()>)> {
-        stream.set_nonblocking(true)?;
-        stream.set_nodelay(true)?;
+        socket.set_nonblocking(true)?;
+        socket.set_nodelay(true)?;
         // Data that the peer's kernel does not acknowledge for this long will not arrive: heartbeats alone would hide it.
-        rustix::net::sockopt::set_tcp_user_timeout(&stream, UNACKNOWLEDGED_MS)?;
-        let mut stream = mio::net::TcpStream::from_std(stream);
+        rustix::net::sockopt::set_tcp_user_timeout(&socket, UNACKNOWLEDGED_MS)?;
+        let mut socket = mio::net::TcpStream::from_std(socket);
         let poll = Poll::new()?;
-        poll.registry().register(&mut stream, SOCKET, Interest::READABLE | Interest::WRITABLE)?;
+        poll.registry().register(&mut socket, SOCKET, Interest::READABLE | Interest::WRITABLE)?;
         let waker = Arc::new(Waker::new(poll.registry(), WAKE)?);
         let (commands, inbox) = unbounded();
         let shared = Arc::new(Shared::default());
         let thread = LinkThread {
-            stream,
+            socket,
             poll,
-            protocol: Protocol::new(protocol),
+            stream: Stream::new(protocol, gate, Arc::clone(&metrics)),
             commands: inbox,
-            in_flight: VecDeque::new(),
             writing: Bytes::new(),
             closing: false,
             shared: Arc::clone(&shared),
-            gate,
             metrics,
             tell: Box::new(tell),
         };
@@ -259,26 +239,15 @@ impl Shared {
     }
 }
 
-/// A checkpoint on its way: what must be kept until the backup has it.
-struct InFlight {
-    epoch: Epoch,
-    dirty: DirtySet,
-    resumed: Instant,
-    /// When its last byte went to the socket.
-    sent: Option<Instant>,
-}
-
 struct LinkThread {
-    stream: mio::net::TcpStream,
+    socket: mio::net::TcpStream,
     poll: Poll,
-    protocol: Protocol,
+    stream: Stream,
     commands: Receiver<Command>,
-    in_flight: VecDeque<InFlight>,
     /// The rest of the frame that the socket is taking.
     writing: Bytes,
     closing: bool,
     shared: Arc<Shared>,
-    gate: Arc<Gate>,
     metrics: Arc<Metrics>,
     tell: Box<dyn Fn(LinkEvent) + Send>,
 }
@@ -288,13 +257,11 @@ impl LinkThread {
         let end = match self.drive() {
             Ok(end) | Err(end) => end,
         };
-        let given_up = u64::try_from(self.in_flight.len()).unwrap_or(u64::MAX);
-        self.metrics.epochs_aborted.fetch_add(given_up, Ordering::Relaxed);
         // Nobody may wait for a link that is gone, and every set that was not acknowledged goes back to the ledger first.
-        self.in_flight.clear();
+        self.stream.give_up();
         self.shared.closed.store(true, Ordering::Release);
         self.shared.freed.notify_all();
-        self.stream.shutdown(Shutdown::Both).ok();
+        self.socket.shutdown(Shutdown::Both).ok();
         (self.tell)(LinkEvent::Closed(end));
     }
 
@@ -309,7 +276,7 @@ impl LinkThread {
                 return Ok(LinkEnd::Closed);
             }
             // While the socket is full, a little more may be encoded ahead.
-            if (all_sent || self.protocol.queued_bytes() < ENCODED_BYTES_HIGH) && self.take_command()? {
+            if (all_sent || self.stream.queued_bytes() < ENCODED_BYTES_HIGH) && self.take_command()? {
                 continue;
             }
             match self.poll.poll(&mut ready, None) {
@@ -322,14 +289,14 @@ impl LinkThread {
     /// Reads and handles all that has arrived.
     fn receive(&mut self, buffer: &mut [u8]) -> Result<(), LinkEnd> {
         loop {
-            match self.stream.read(buffer) {
+            match self.socket.read(buffer) {
                 Ok(0) => return Err(LinkEnd::EndOfFile),
                 Ok(n) => {
-                    self.protocol.handle_bytes(&buffer[..n])?;
-                    (self.tell)(LinkEvent::Heard);
-                    while let Some(event) = self.protocol.poll_event() {
-                        self.on_event(event);
-                    }
+                    let before = self.stream.in_flight();
+                    let Self { stream, tell, .. } = self;
+                    let handled = stream.handle_bytes(&buffer[..n], |event| tell(LinkEvent::Stream(event)));
+                    self.note_freed(before);
+                    handled?;
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
@@ -338,45 +305,28 @@ impl LinkThread {
         }
     }
 
-    fn on_event(&mut self, event: SenderEvent) {
-        let event = match event {
-            SenderEvent::Accepted { peer } => LinkEvent::Accepted(peer),
-            SenderEvent::Refused { refuse, generation } => LinkEvent::Refused { refuse, generation },
-            SenderEvent::Committed { epoch } => {
-                self.on_commit(epoch);
-                LinkEvent::Committed(epoch)
-            }
-            SenderEvent::Goodbye { goodbye, generation: _ } => LinkEvent::Goodbye(goodbye.reason),
-        };
-        (self.tell)(event);
-    }
-
-    /// Steps 14 to 16: the acknowledgement arrived, outputs through `epoch` leave, its dirty set is retired.
-    fn on_commit(&mut self, epoch: Epoch) {
-        self.gate.committed(epoch);
-        while self.in_flight.front().is_some_and(|first| first.epoch <= epoch) {
-            if let Some(done) = self.in_flight.pop_front() {
-                done.dirty.retire();
-                self.metrics.committed(done.epoch, done.sent.unwrap_or(done.resumed).elapsed());
-                *self.shared.lock() -= 1;
-            }
+    /// Checkpoints were acknowledged: whoever waits for room has it.
+    fn note_freed(&self, before: usize) {
+        let freed = before - self.stream.in_flight();
+        if freed > 0 {
+            *self.shared.lock() -= freed;
+            self.shared.freed.notify_all();
         }
-        self.shared.freed.notify_all();
     }
 
     /// Writes until the socket is full (false) or nothing waits (true).
     fn transmit(&mut self) -> Result<bool, LinkEnd> {
         loop {
             if self.writing.is_empty() {
-                match self.protocol.poll_transmit() {
+                match self.stream.poll_transmit() {
                     Some(frame) => self.writing = frame,
                     None => {
-                        self.note_sent();
+                        self.stream.note_sent();
                         return Ok(true);
                     }
                 }
             }
-            match self.stream.write(&self.writing) {
+            match self.socket.write(&self.writing) {
                 Ok(n) => {
                     self.metrics.wire_bytes.fetch_add(u64::try_from(n).unwrap_or(0), Ordering::Relaxed);
                     drop(self.writing.split_to(n));
@@ -388,50 +338,21 @@ impl LinkThread {
         }
     }
 
-    /// The socket has taken everything: checkpoints that were encoded are on their way.
-    fn note_sent(&mut self) {
-        let now = Instant::now();
-        for checkpoint in self.in_flight.iter_mut().filter(|c| c.sent.is_none()) {
-            checkpoint.sent = Some(now);
-            self.metrics.transferred(now - checkpoint.resumed);
-        }
-    }
-
     /// Encodes what waits first in the channel; false when nothing waits.
     fn take_command(&mut self) -> Result<bool, LinkEnd> {
         match self.commands.try_recv() {
-            Ok(Command::BeginBase(epoch)) => self.protocol.begin(epoch, CheckpointKind::Base)?,
-            Ok(Command::BasePages(pages)) => self.encode_pages(&pages)?,
-            Ok(Command::EndBase(checkpoint)) => self.encode_rest(checkpoint)?,
-            Ok(Command::Checkpoint(checkpoint)) => {
-                self.protocol.begin(checkpoint.epoch, CheckpointKind::Delta)?;
-                self.encode_rest(checkpoint)?;
-            }
-            Ok(Command::Inbound { epoch, nic, frame }) => self.protocol.inbound(epoch, nic, &frame)?,
+            Ok(Command::BeginBase(epoch)) => self.stream.begin_base(epoch)?,
+            Ok(Command::BasePages(pages)) => self.stream.pages(&pages)?,
+            Ok(Command::EndBase(checkpoint)) => self.stream.end(checkpoint)?,
+            Ok(Command::Checkpoint(checkpoint)) => self.stream.checkpoint(checkpoint)?,
+            Ok(Command::Inbound { epoch, nic, frame }) => self.stream.inbound(epoch, nic, &frame)?,
             Ok(Command::Goodbye(reason)) => {
-                self.protocol.goodbye(reason, "")?;
+                self.stream.goodbye(reason)?;
                 self.closing = true;
             }
             Err(TryRecvError::Disconnected) => return Err(LinkEnd::Closed),
             Err(TryRecvError::Empty) => return Ok(false),
         }
         Ok(true)
-    }
-
-    fn encode_pages(&mut self, pages: &StagedPages) -> Result<(), LinkEnd> {
-        self.protocol.pages(&pages.indexes, pages.bytes())?;
-        self.metrics.raw_bytes.fetch_add(u64::try_from(pages.bytes().len()).unwrap_or(0), Ordering::Relaxed);
-        Ok(())
-    }
-
-    fn encode_rest(&mut self, checkpoint: StagedCheckpoint) -> Result<(), LinkEnd> {
-        let StagedCheckpoint { epoch, pages, sections, dirty, resumed } = checkpoint;
-        self.in_flight.push_back(InFlight { epoch, dirty, resumed, sent: None });
-        self.encode_pages(&pages)?;
-        for section in &sections {
-            self.protocol.section(section.kind.0, section.version, &section.bytes)?;
-        }
-        self.protocol.end()?;
-        Ok(())
     }
 }

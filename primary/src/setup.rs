@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use failover::arbiter::{ArbiterError, ArbiterThread, FileArbiter, NodeRef};
 use failover::config::{ArbiterSection, ConfigError, Console, MachineKind, PairConfig};
 use failover::control::ControlError;
-use failover::decide::{Core, CoreConfig, Role};
+use failover::decide::{CoreConfig, Role};
 use failover::exit::ExitCode;
 use failover::generation::{StateDir, StateError};
 use failover::status::{Labels, NodeRole, StatusBoard};
@@ -16,8 +16,8 @@ use vmm::config::{MachineConfig, MachineIo, NicConfig};
 use vmm::machine::BootError;
 use vmm::{BuildError, FramePort, KvmMachine, Machine, ModelBuildError, ModelMachine, Tap, TapError};
 
-use crate::attention::Attention;
 use crate::clock::Clock;
+use crate::decider::Decider;
 use crate::desk::Desk;
 use crate::events::{Event, EventFile};
 use crate::host::Host;
@@ -222,7 +222,7 @@ pub fn open_host(
     // The event loop listens to the answers' channel itself: nobody needs to be woken.
     let arbiter = ArbiterThread::spawn(arbiter, || {}).map_err(host("the arbiter's thread"))?;
     let core_config = config.core(&node, incarnation, role, state_dir.highest());
-    let core = Core::new(CoreConfig { force_cold_boot, ..core_config });
+    let decider = Decider::new(CoreConfig { force_cold_boot, ..core_config });
     let desk = Desk::open(board, &section, config.vm.name.as_str())?;
     let terminate = Arc::new(AtomicBool::new(false));
     for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {
@@ -239,8 +239,7 @@ pub fn open_host(
         metrics: Arc::clone(&built.metrics),
         events,
         voice,
-        core,
-        attention: Attention::default(),
+        decider,
         desk,
         ram: ram_layout(&*built.machine),
         facts: facts(&*built.machine),

@@ -47,6 +47,11 @@ pub struct View {
 }
 
 impl Core {
+    /// The generation that this side runs in, or the highest that it has seen.
+    pub fn generation(&self) -> Generation {
+        self.mine.unwrap_or(self.highest)
+    }
+
     /// The state in the words of the documentation.
     pub fn state_name(&self) -> StateName {
         match &self.state {
@@ -91,7 +96,7 @@ impl Core {
             state,
             reason: self.standby_reason(),
             since: self.since,
-            generation: self.mine.unwrap_or(self.highest),
+            generation: self.generation(),
             owner: self.mine.is_some(),
             gate: self.gate.clone(),
             protected,

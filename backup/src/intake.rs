@@ -1,0 +1,283 @@
+//! The backup's half of the data connection without its socket: bytes in, committed checkpoints and acknowledgements out (steps 10 to 13
+//! of ARCHITECTURE.md's table). Pure. The link's thread and the simulator drive it.
+
+use std::collections::VecDeque;
+use std::io;
+
+use bytes::Bytes;
+use replication_proto::mutant::{self, Mutant};
+use replication_proto::{CheckpointKind, Epoch, Generation, GoodbyeReason, Identity, LinkError, RefuseCode};
+use replication_proto::{Receiver, ReceiverConfig, ReceiverEvent};
+
+use crate::commit::{CommitError, Commits, Committed, Holding};
+use crate::inbound::Inbound;
+use crate::inbox::{Destination, Inbox, InboxError, PageBatch};
+
+/// What came of the primary's bytes, in order.
+#[derive(Debug)]
+pub enum IntakeEvent {
+    /// A compatible primary is connected.
+    Opened(Identity),
+    /// It begins a base: the standby is hollow.
+    BaseBegun(Identity),
+    /// The base is committed.
+    BaseCommitted(Identity, Epoch),
+    /// A further epoch is committed.
+    Committed(Epoch),
+    /// Bytes of the primary arrived.
+    Heard(Identity),
+    /// The primary leaves on purpose.
+    Goodbye(Identity, GoodbyeReason),
+    /// The data connection is gone.
+    Closed(LinkEnd),
+    /// For the applier: pages of a base that is not committed.
+    ApplyHollow(PageBatch),
+    /// For the applier: a committed checkpoint.
+    Apply(Committed),
+}
+
+/// Why a data connection ended.
+#[derive(Debug, thiserror::Error)]
+pub enum LinkEnd {
+    /// The primary's kernel closed it.
+    #[error("closed by the primary")]
+    EndOfFile,
+    /// The network failed.
+    #[error("connection failed: {0}")]
+    Io(#[from] io::Error),
+    /// The primary broke the protocol.
+    #[error("protocol: {0}")]
+    Protocol(#[from] LinkError),
+    /// A checkpoint was not what it claims to be.
+    #[error("{0}")]
+    Commit(#[from] CommitError),
+    /// A checkpoint does not fit.
+    #[error("{0}")]
+    Inbox(#[from] InboxError),
+    /// A primary of a higher generation took its place.
+    #[error("displaced by a connection of a higher generation")]
+    Displaced,
+}
+
+/// The connection of the moment.
+struct Connection {
+    protocol: Receiver,
+    peer: Option<Identity>,
+}
+
+/// Collects, verifies, commits and acknowledges.
+pub struct Intake {
+    config: ReceiverConfig,
+    inbox: Inbox,
+    inbound: Inbound,
+    commits: Commits,
+    connection: Option<Connection>,
+    events: VecDeque<IntakeEvent>,
+    /// What is still to be said on a connection that ended.
+    last_words: VecDeque<Bytes>,
+}
+
+impl Intake {
+    /// A hollow standby that nobody is connected to.
+    pub fn new(config: ReceiverConfig, inbox: Inbox, commits: Commits) -> Self {
+        Self {
+            config,
+            inbox,
+            inbound: Inbound::default(),
+            commits,
+            connection: None,
+            events: VecDeque::new(),
+            last_words: VecDeque::new(),
+        }
+    }
+
+    /// What the standby could run from now.
+    pub fn holding(&self) -> Holding {
+        self.commits.holding()
+    }
+
+    /// Whether a data connection stands.
+    pub fn is_connected(&self) -> bool {
+        self.connection.is_some()
+    }
+
+    /// Whether a data connection of `peer` would be taken on. While one is in use, only a higher generation may displace it, or the same process
+    /// coming again.
+    pub fn admits(&self, peer: &Identity) -> bool {
+        self.connection.as_ref().and_then(|current| current.peer.as_ref()).is_none_or(|current| {
+            peer.generation > current.generation
+                || (peer.generation == current.generation && peer.incarnation == current.incarnation)
+        })
+    }
+
+    /// What a stranger is told that is not admitted.
+    pub fn turn_away(&self) -> Vec<Bytes> {
+        let mut protocol = Receiver::new(self.config.clone());
+        // It has said nothing yet that could make a refusal fail.
+        protocol.refuse(RefuseCode::Busy, "another primary is connected").ok();
+        std::iter::from_fn(|| protocol.poll_transmit()).collect()
+    }
+
+    /// Takes a connection on, of whose bytes none were handled; one that stands is displaced.
+    pub fn open(&mut self) {
+        if self.connection.is_some() {
+            self.end(LinkEnd::Displaced);
+        }
+        self.last_words.clear();
+        self.connection = Some(Connection { protocol: Receiver::new(self.config.clone()), peer: None });
+    }
+
+    /// Takes bytes of the connection.
+    ///
+    /// # Errors
+    /// The connection is over; say [`Intake::end`].
+    pub fn handle_bytes(&mut self, bytes: &[u8]) -> Result<(), LinkEnd> {
+        if let Some(connection) = &mut self.connection {
+            connection.protocol.handle_bytes(bytes)?;
+        }
+        while let Some(connection) = &mut self.connection {
+            let Some(event) = connection.protocol.poll_event()? else { break };
+            self.on_event(event)?;
+        }
+        if let Some(peer) = self.connection.as_ref().and_then(|c| c.peer.clone()) {
+            self.events.push_back(IntakeEvent::Heard(peer));
+        }
+        self.acknowledge()
+    }
+
+    /// The primary's kernel closed the connection.
+    ///
+    /// # Errors
+    /// Always: the connection is over.
+    pub fn handle_eof(&mut self) -> Result<(), LinkEnd> {
+        if let Some(connection) = &mut self.connection {
+            connection.protocol.handle_eof()?;
+        }
+        Err(LinkEnd::EndOfFile)
+    }
+
+    /// A higher generation became known: primaries of lower ones are refused, the present one too.
+    ///
+    /// # Errors
+    /// The connection is over.
+    pub fn raise_generation(&mut self, generation: Generation) -> Result<(), LinkEnd> {
+        if generation > self.config.identity.generation {
+            self.config.identity.generation = generation;
+        }
+        if let Some(connection) = &mut self.connection
+            && generation > connection.protocol.generation()
+        {
+            connection.protocol.raise_generation(generation)?;
+        }
+        Ok(())
+    }
+
+    /// The applier put this many committed bytes into the standby's memory: acknowledgements may be due.
+    ///
+    /// # Errors
+    /// The connection is over.
+    pub fn applied(&mut self, bytes: usize) -> Result<(), LinkEnd> {
+        self.commits.applied(bytes);
+        self.acknowledge()
+    }
+
+    /// The next bytes to send, in this order and all of them; after [`Intake::end`], the last words on the connection that ended.
+    pub fn poll_transmit(&mut self) -> Option<Bytes> {
+        match &mut self.connection {
+            Some(connection) => connection.protocol.poll_transmit(),
+            None => self.last_words.pop_front(),
+        }
+    }
+
+    /// What came of it all, in order.
+    pub fn poll_event(&mut self) -> Option<IntakeEvent> {
+        self.events.pop_front()
+    }
+
+    /// The connection is over: the incomplete epoch is dropped, what is committed stays.
+    pub fn end(&mut self, end: LinkEnd) {
+        let refusal = match &end {
+            LinkEnd::Commit(error) => Some((RefuseCode::Misbehaved, error.to_string())),
+            LinkEnd::Inbox(error) => Some((RefuseCode::Overload, error.to_string())),
+            _ => None,
+        };
+        self.inbox.drop_incomplete();
+        self.commits.connection_lost();
+        if let Some(mut connection) = self.connection.take() {
+            if let Some((code, text)) = refusal {
+                connection.protocol.refuse(code, &text).ok();
+            }
+            self.last_words = std::iter::from_fn(|| connection.protocol.poll_transmit()).collect();
+        }
+        self.events.push_back(IntakeEvent::Closed(end));
+    }
+
+    /// The standby is about to run: nothing is committed or acknowledged from here on (rule R2), and the incomplete epoch is dropped. Hands over the
+    /// frames that reached the guest after the last commit.
+    pub fn close(mut self) -> (Holding, Inbound) {
+        let holding = self.commits.close();
+        self.inbox.drop_incomplete();
+        (holding, self.inbound)
+    }
+
+    fn on_event(&mut self, event: ReceiverEvent) -> Result<(), LinkEnd> {
+        let peer = self.connection.as_ref().and_then(|c| c.peer.clone());
+        match (event, peer) {
+            (ReceiverEvent::Opened { peer }, _) => {
+                self.config.identity.generation = self.config.identity.generation.max(peer.generation);
+                if let Some(connection) = &mut self.connection {
+                    connection.peer = Some(peer.clone());
+                }
+                self.events.push_back(IntakeEvent::Opened(peer));
+            }
+            (ReceiverEvent::Begin { epoch, kind }, Some(peer)) => {
+                self.inbox.begin(epoch, kind)?;
+                if kind == CheckpointKind::Base {
+                    self.commits.begin_base();
+                    self.inbound.clear();
+                    self.events.push_back(IntakeEvent::BaseBegun(peer));
+                }
+            }
+            (ReceiverEvent::Pages { indexes, bytes }, _) => {
+                let batch = PageBatch { indexes, bytes };
+                if mutant::is(Mutant::DeltaIntoStandby) {
+                    self.events.push_back(IntakeEvent::ApplyHollow(batch.clone()));
+                }
+                if let Destination::Hollow(batch) = self.inbox.pages(batch)? {
+                    self.events.push_back(IntakeEvent::ApplyHollow(batch));
+                }
+            }
+            (ReceiverEvent::Section { kind, version, bytes }, _) => self.inbox.section(kind, version, &bytes)?,
+            (ReceiverEvent::End(end), Some(peer)) => {
+                if mutant::is(Mutant::AckBeforeCommit)
+                    && let Some(connection) = &mut self.connection
+                {
+                    connection.protocol.ack(end.epoch)?;
+                }
+                let committed = self.commits.commit(self.inbox.take()?, &end)?;
+                self.inbound.committed(end.epoch);
+                self.events.push_back(IntakeEvent::Apply(committed));
+                self.events.push_back(match end.kind {
+                    CheckpointKind::Base => IntakeEvent::BaseCommitted(peer, end.epoch),
+                    CheckpointKind::Delta => IntakeEvent::Committed(end.epoch),
+                });
+            }
+            (ReceiverEvent::Inbound { epoch, nic, frame }, _) => self.inbound.keep(epoch, nic, &frame),
+            (ReceiverEvent::Goodbye(goodbye), Some(peer)) => {
+                self.events.push_back(IntakeEvent::Goodbye(peer, goodbye.reason));
+            }
+            (other, None) => unreachable!("the receiver opens first: {other:?}"),
+        }
+        Ok(())
+    }
+
+    fn acknowledge(&mut self) -> Result<(), LinkEnd> {
+        let Some(connection) = &mut self.connection else { return Ok(()) };
+        for epoch in self.commits.acks_due() {
+            if !mutant::is(Mutant::AckBeforeCommit) {
+                connection.protocol.ack(epoch)?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,166 @@
+//! What the side that waits does about what happens: events and `now` in, orders for the shell out. Pure. The simulator drives it as the
+//! event loop does.
+
+use std::time::Duration;
+
+use failover::arbiter::NodeRef;
+use failover::decide::{Action, Input, LinkLoss};
+use primary::decider::{Decider, heard, node_of};
+use primary::host::core_goodbye;
+use primary::pulse::PulseReport;
+use replication_proto::{Epoch, LinkError, RefuseCode};
+
+use crate::intake::{IntakeEvent, LinkEnd};
+
+/// How long after a failed attempt to ask the peer the next one is made.
+const ASK_INTERVAL: Duration = Duration::from_secs(1);
+
+/// What happens to the side that waits.
+#[derive(Debug)]
+pub enum Event {
+    /// From the data connection.
+    Intake(IntakeEvent),
+    /// From a heartbeat connection.
+    Pulse(PulseReport),
+    /// A heartbeat connection that this side wanted to open could not be made.
+    NobodyThere,
+    /// Straight to the decision core.
+    Input(Input),
+}
+
+/// What the shell does, in this order, before it tells the next event. After an order that ends the wait nothing else is told here.
+#[expect(clippy::large_enum_variant, reason = "a few at a time, each carried out at once")]
+#[derive(Debug)]
+pub enum Order {
+    /// As the decision core says.
+    Do(Action),
+    /// Open a heartbeat connection to the peer, to learn which process lives there.
+    AskPeer,
+    /// This hollow standby's machine is not the primary's: it will never be of use, and ends.
+    EndAsMismatch,
+}
+
+/// The waiting part of a process's life.
+#[derive(Clone, Debug, Default)]
+pub struct Course {
+    /// The primary at the other end of the data connection.
+    owner: Option<NodeRef>,
+    committed: Epoch,
+    /// When to ask the peer which process runs there; only while the decision core wants to know.
+    ask_at: Option<Duration>,
+}
+
+impl Course {
+    /// When [`Course::on_time`] has something to do.
+    pub fn deadline(&self) -> Option<Duration> {
+        self.ask_at
+    }
+
+    /// The last committed epoch.
+    pub fn committed(&self) -> Epoch {
+        self.committed
+    }
+
+    /// Whether a primary is connected.
+    pub fn is_connected(&self) -> bool {
+        self.owner.is_some()
+    }
+
+    /// Something happened.
+    pub fn on(&mut self, event: Event, decider: &mut Decider, now: Duration) -> Vec<Order> {
+        let mut orders = Vec::new();
+        let out = &mut orders;
+        match event {
+            Event::Intake(event) => self.on_intake(event, decider, now, out),
+            Event::Pulse(PulseReport::Heard { peer, body }) => {
+                self.decide(Input::HigherGenerationSeen(peer.generation), decider, now, out);
+                self.decide(heard(&peer, Some(&body)), decider, now, out);
+            }
+            Event::Pulse(PulseReport::Generation(generation)) => {
+                self.decide(Input::HigherGenerationSeen(generation), decider, now, out);
+            }
+            Event::Pulse(PulseReport::Goodbye(reason)) => {
+                if let Some(peer) = self.owner.clone() {
+                    self.decide(Input::PeerGoodbye { peer, reason: core_goodbye(reason) }, decider, now, out);
+                }
+            }
+            Event::Pulse(PulseReport::Closed(end)) => log::info!("heartbeat connection: {end}"),
+            Event::NobodyThere => self.ask_at = Some(now + ASK_INTERVAL),
+            Event::Input(input) => self.decide(input, decider, now, out),
+        }
+        orders
+    }
+
+    /// Time passed, and everything that had arrived was told before: silence is judged last.
+    pub fn on_time(&mut self, decider: &mut Decider, now: Duration) -> Vec<Order> {
+        let mut orders = Vec::new();
+        self.decide(Input::Tick, decider, now, &mut orders);
+        if self.ask_at.take_if(|at| now >= *at).is_some() {
+            orders.push(Order::AskPeer);
+        }
+        orders
+    }
+
+    fn on_intake(&mut self, event: IntakeEvent, decider: &mut Decider, now: Duration, out: &mut Vec<Order>) {
+        match event {
+            IntakeEvent::Opened(peer) => {
+                self.owner = Some(node_of(&peer));
+                self.ask_at = None;
+                self.decide(Input::HigherGenerationSeen(peer.generation), decider, now, out);
+                self.decide(heard(&peer, None), decider, now, out);
+            }
+            IntakeEvent::BaseBegun(peer) => {
+                self.decide(Input::BaseBegun { owner: node_of(&peer) }, decider, now, out);
+            }
+            IntakeEvent::BaseCommitted(peer, epoch) => {
+                self.committed = epoch;
+                self.decide(Input::BaseCommitted { peer: node_of(&peer), epoch }, decider, now, out);
+            }
+            IntakeEvent::Committed(epoch) => {
+                self.committed = epoch;
+                self.decide(Input::Committed { epoch }, decider, now, out);
+            }
+            IntakeEvent::Heard(peer) => self.decide(heard(&peer, None), decider, now, out),
+            IntakeEvent::Goodbye(peer, reason) => {
+                let input = Input::PeerGoodbye { peer: node_of(&peer), reason: core_goodbye(reason) };
+                self.decide(input, decider, now, out);
+            }
+            IntakeEvent::Closed(end) => {
+                self.owner = None;
+                if self.is_mismatch(&end) {
+                    out.push(Order::EndAsMismatch);
+                }
+                let loss = match end {
+                    LinkEnd::EndOfFile | LinkEnd::Io(_) => LinkLoss::PeerClosed,
+                    LinkEnd::Protocol(_) | LinkEnd::Commit(_) | LinkEnd::Inbox(_) | LinkEnd::Displaced => {
+                        LinkLoss::Local
+                    }
+                };
+                self.decide(Input::LinkLost(loss), decider, now, out);
+            }
+            // The applier's.
+            IntakeEvent::ApplyHollow(_) | IntakeEvent::Apply(_) => {}
+        }
+    }
+
+    /// A hollow standby whose machine is another one than the primary's.
+    fn is_mismatch(&self, end: &LinkEnd) -> bool {
+        let LinkEnd::Protocol(LinkError::Incompatible(incompatible)) = end else { return false };
+        let machine = [RefuseCode::Ram, RefuseCode::Facts, RefuseCode::Version, RefuseCode::Features];
+        self.committed == Epoch(0) && machine.contains(&incompatible.code)
+    }
+
+    fn decide(&mut self, input: Input, decider: &mut Decider, now: Duration, out: &mut Vec<Order>) {
+        // What follows the right to run is for the owner that this side becomes.
+        let mut owns = false;
+        for action in decider.decide(input, now) {
+            owns |= matches!(action, Action::Activate(_) | Action::BootGuest(_));
+            match action {
+                Action::AskPeer => self.ask_at = Some(now),
+                // Nothing of a standby is ever let out.
+                Action::HoldOutput | Action::DropBackup | Action::SayGoodbye(_) if !owns => {}
+                other => out.push(Order::Do(other)),
+            }
+        }
+    }
+}

@@ -1,0 +1,97 @@
+//! The decision core, with time as it is shown to it and the words that heartbeats carry for it. Pure; the event loops of both sides and the
+//! simulator hold one each.
+
+use std::time::Duration;
+
+use failover::arbiter::NodeRef;
+use failover::decide::{Action, Core, CoreConfig, Input, PeerReport, StateName, View};
+use replication_proto::{Epoch, HeartbeatBody, Identity, VmId};
+
+use crate::attention::Attention;
+use crate::pulse::Voice;
+
+/// Bit of a heartbeat's `armed` byte: the speaker is PROTECTED.
+const SAYS_PROTECTED: u8 = 1;
+
+/// The decision core of one process, with its view of time. All `now`s are times since the process started.
+#[derive(Clone, Debug)]
+pub struct Decider {
+    core: Core,
+    attention: Attention,
+    vm: VmId,
+    me: NodeRef,
+}
+
+impl Decider {
+    /// A core that has not started yet.
+    pub fn new(config: CoreConfig) -> Self {
+        let (vm, me) = (config.vm, config.me.clone());
+        Self { core: Core::new(config), attention: Attention::default(), vm, me }
+    }
+
+    /// Hands an input to the core.
+    pub fn decide(&mut self, input: Input, now: Duration) -> Vec<Action> {
+        self.core.handle(input, self.attention.core_time(now))
+    }
+
+    /// How long an event loop may sleep: until the core's next deadline or `other`, but at most `most`.
+    pub fn falls_asleep(&mut self, now: Duration, other: Option<Duration>, most: Duration) -> Duration {
+        let core_now = self.attention.core_time(now);
+        let core = self.core.next_deadline(core_now).map(|at| at.saturating_sub(core_now));
+        let other = other.map(|at| at.saturating_sub(now));
+        let wait = core.into_iter().chain(other).fold(most, Duration::min);
+        self.attention.sleeps(now + wait);
+        wait
+    }
+
+    /// The event loop is awake again. Returns what it slept through and is left out of the core's time.
+    pub fn wakes_up(&mut self, now: Duration) -> Option<Duration> {
+        self.attention.wakes(now)
+    }
+
+    /// Who this process is, under the highest generation that it knows.
+    pub fn identity(&self) -> Identity {
+        let NodeRef { node, incarnation } = self.me.clone();
+        Identity { vm: self.vm, node, generation: self.core.generation(), incarnation }
+    }
+
+    /// The core's state in the words of the documentation.
+    pub fn state(&self) -> StateName {
+        self.core.state_name()
+    }
+
+    /// The core.
+    pub fn core(&self) -> &Core {
+        &self.core
+    }
+
+    /// Facts for the status.
+    pub fn view(&self, now: Duration) -> View {
+        self.core.view(self.attention.core_time(now))
+    }
+}
+
+/// What heartbeats say of a side with this view, whose last committed epoch is `committed`.
+pub fn voice(view: &View, committed: Epoch) -> Voice {
+    let body = HeartbeatBody {
+        committed_epoch: committed,
+        state: StateName::ALL.iter().zip(0u8..).find(|(s, _)| **s == view.state).map_or(0, |(_, n)| n),
+        armed: if view.protected { SAYS_PROTECTED } else { 0 },
+        arbiter_ok_ms: view.arbiter_age.map(|age| u32::try_from(age.as_millis()).unwrap_or(u32::MAX)),
+    };
+    Voice { generation: view.generation, body }
+}
+
+/// A frame of the peer arrived: what that means to the core.
+pub fn heard(peer: &Identity, body: Option<&HeartbeatBody>) -> Input {
+    let report = body.map(|body| PeerReport {
+        arbiter_age: body.arbiter_ok_ms.map(|ms| Duration::from_millis(u64::from(ms))),
+        protected: body.armed & SAYS_PROTECTED != 0,
+    });
+    Input::PeerHeard { peer: node_of(peer), report }
+}
+
+/// The process behind an identity.
+pub fn node_of(peer: &Identity) -> NodeRef {
+    NodeRef { node: peer.node.clone(), incarnation: peer.incarnation }
+}
