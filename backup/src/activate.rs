@@ -10,10 +10,11 @@ use primary::output::held::{HELD_SECTION, HeldError, HeldFrames};
 use primary::runner::{Runner, RunnerEvent};
 use replication_proto::Epoch;
 use vmm::machine::{RestoreError, RunError};
-use vmm::{ClockPolicy, Section};
+use vmm::{ClockPolicy, Machine, Section};
 
 use crate::announce::announce;
 use crate::commit::Holding;
+use crate::inbound::Inbound;
 use crate::link::LinkThread;
 use crate::silent::SilentTaps;
 use crate::standby::{Applied, ApplierThread, Standby};
@@ -77,12 +78,11 @@ pub fn activate(
     // 1. No acknowledgement leaves from here on; the incomplete epoch is dropped.
     let (holding, inbound) = link.close();
     // 2. Every committed checkpoint is in memory.
-    let Applied { epoch, sections } = applier.finish().ok_or(ActivateError::Hollow)?;
-    assert_eq!(holding, Holding::Whole(epoch), "memory holds exactly the last committed epoch");
+    let applied = applier.finish().ok_or(ActivateError::Hollow)?;
+    let epoch = applied.epoch;
     // 3. vCPUs, interrupt controllers, devices and clocks, as of the same instant.
-    let (held, sections) = split_held(sections)?;
     let mut machine = standby.into_machine();
-    machine.restore(&sections, ClockPolicy::ResumeFromCheckpoint)?;
+    let held = restore(&mut *machine, holding, applied)?;
     // 4. The LAN learns where the guest is now. What the guest itself says waits for the word of the decision core.
     host.gate.hold();
     host.gate.adopt_speakers(held.speakers.clone());
@@ -90,16 +90,33 @@ pub fn activate(
     // 5. What the guest said in its last committed epoch may have died with the primary: say it again.
     held.frames.iter().for_each(|(nic, frame)| host.gate.send_for_guest(*nic, frame));
     // 6. What was said to it since that epoch: to the primary, and on this tap.
-    for (nic, heard_here) in taps.stop() {
+    deliver(&mut *machine, &inbound, taps.stop());
+    // 7. Run, on the strength of the permit. Queues count as kicked, pending interrupts are raised again.
+    let parts = host.epoch_parts();
+    let runner = Runner::start(machine, parts, epoch, host.config.epoch.interval, host.clock.clone(), tell)?;
+    runner.run(permit)?;
+    Ok(Activated { runner, epoch, resent: held.frames.len(), took: began.elapsed() })
+}
+
+/// Step 3: puts the last committed state into a machine whose memory holds it already. Returns what the guest said in that epoch.
+///
+/// # Errors
+/// The state is not one that this machine can run from.
+pub fn restore(machine: &mut dyn Machine, holding: Holding, applied: Applied) -> Result<HeldFrames, ActivateError> {
+    let Applied { epoch, sections } = applied;
+    assert_eq!(holding, Holding::Whole(epoch), "memory holds exactly the last committed epoch");
+    let (held, sections) = split_held(sections)?;
+    machine.restore(&sections, ClockPolicy::ResumeFromCheckpoint)?;
+    Ok(held)
+}
+
+/// Step 6: frames that reached the guest in epochs that were never committed, then those that `taps` heard, by network device.
+pub fn deliver(machine: &mut dyn Machine, inbound: &Inbound, taps: Vec<(u8, Vec<Vec<u8>>)>) {
+    for (nic, heard_here) in taps {
         let mut frames = inbound.of(nic);
         frames.extend(heard_here);
         machine.queue_inbound(nic, frames);
     }
-    // 7. Run, on the strength of the permit. Queues count as kicked, pending interrupts are raised again.
-    let parts = host.epoch_parts();
-    let runner = Runner::start(machine, parts, epoch, host.config.epoch.interval, host.clock, tell)?;
-    runner.run(permit)?;
-    Ok(Activated { runner, epoch, resent: held.frames.len(), took: began.elapsed() })
 }
 
 fn split_held(mut sections: Vec<Section>) -> Result<(HeldFrames, Vec<Section>), HeldError> {

@@ -98,23 +98,41 @@ impl ApplierThread {
 }
 
 fn apply_all(ram: &GuestRam, jobs: &Receiver<Job>, applied: &impl Fn(usize)) -> Option<Applied> {
-    let mut last = None;
+    let mut memory = StandbyMemory::default();
     for job in jobs {
         match job {
-            Job::Hollow(batch) => {
-                last = None;
-                apply_batch(ram, &batch);
-            }
-            Job::Checkpoint(committed) => {
-                let bytes = committed.bytes();
-                committed.pages.iter().for_each(|batch| apply_batch(ram, batch));
-                last = Some(Applied { epoch: committed.epoch, sections: committed.sections });
-                drop(committed.pages);
-                applied(bytes);
-            }
+            Job::Hollow(batch) => memory.apply_hollow(ram, &batch),
+            Job::Checkpoint(committed) => applied(memory.apply(ram, committed)),
         }
     }
-    last
+    memory.into_applied()
+}
+
+/// What the standby's memory holds. Pure but for the memory itself.
+#[derive(Debug, Default)]
+pub struct StandbyMemory {
+    last: Option<Applied>,
+}
+
+impl StandbyMemory {
+    /// Writes pages of a base that is not committed.
+    pub fn apply_hollow(&mut self, ram: &GuestRam, batch: &PageBatch) {
+        self.last = None;
+        apply_batch(ram, batch);
+    }
+
+    /// Writes a committed checkpoint. Returns the bytes of its pages.
+    pub fn apply(&mut self, ram: &GuestRam, committed: Committed) -> usize {
+        let bytes = committed.bytes();
+        committed.pages.iter().for_each(|batch| apply_batch(ram, batch));
+        self.last = Some(Applied { epoch: committed.epoch, sections: committed.sections });
+        bytes
+    }
+
+    /// The machine state that the memory goes with. `None`: no checkpoint was ever committed.
+    pub fn into_applied(self) -> Option<Applied> {
+        self.last
+    }
 }
 
 fn apply_batch(ram: &GuestRam, batch: &PageBatch) {

@@ -2,7 +2,9 @@
 //! once the base is committed, for the one epoch that makes the backup the one in sync (rule R5).
 
 use replication_proto::Epoch;
-use vmm::Machine;
+use replication_proto::mutant::{self, Mutant};
+use vmm::machine::DirtyError;
+use vmm::{Machine, PageNo};
 
 use crate::epoch::{Afterwards, CheckpointError, EpochParts, checkpoint_base};
 use crate::link::Link;
@@ -13,6 +15,57 @@ const PIECE_PAGES: usize = 256;
 const FEW_PAGES: usize = 2_048;
 /// … or after this many rounds: a guest that writes faster than the link sends never gets below.
 const ROUNDS_MAX: usize = 8;
+
+/// What of the base is copied next. Pages are copied while the guest runs; a round ends when all that was dirty at its beginning is copied,
+/// and the first round is all of RAM.
+#[derive(Debug)]
+pub struct BaseCopy {
+    /// Pages of this round that are still to be copied, in reverse.
+    waiting: Vec<PageNo>,
+    rounds: usize,
+    few: bool,
+}
+
+impl BaseCopy {
+    /// Starts recording the guest's writes; everything is to be copied.
+    ///
+    /// # Errors
+    /// The dirty log cannot be switched on.
+    pub fn begin(machine: &mut dyn Machine) -> Result<Self, DirtyError> {
+        machine.track_dirty(true)?;
+        let mut waiting: Vec<_> = machine.ram().pages().collect();
+        waiting.reverse();
+        Ok(Self { waiting, rounds: 0, few: false })
+    }
+
+    /// The next pages to copy. Each one's dirty bit was cleared before this returns, so that what the guest writes during or after the copy is dirty
+    /// again. `None`: what is left goes with the checkpoint that ends the base.
+    ///
+    /// # Errors
+    /// The dirty log cannot be read.
+    pub fn next_piece(&mut self, machine: &mut dyn Machine) -> Result<Option<Vec<PageNo>>, DirtyError> {
+        while self.waiting.is_empty() {
+            if self.few || self.rounds == ROUNDS_MAX {
+                return Ok(None);
+            }
+            self.rounds += 1;
+            let dirty = machine.take_dirty()?;
+            if mutant::is(Mutant::DirtyClearedAfterCopy) {
+                dirty.retire();
+                return Ok(None);
+            }
+            self.few = dirty.len() <= FEW_PAGES;
+            self.waiting = dirty.iter().collect();
+            self.waiting.reverse();
+            // Sent, not committed: but the base is all or nothing, and a failure copies all of RAM anew.
+            dirty.retire();
+        }
+        let rest = self.waiting.len().saturating_sub(PIECE_PAGES);
+        let mut piece = self.waiting.split_off(rest);
+        piece.reverse();
+        Ok(Some(piece))
+    }
+}
 
 /// Whether to go on, asked between two pieces.
 pub type Interrupted<'a> = dyn FnMut() -> bool + 'a;
@@ -28,34 +81,9 @@ pub fn send_base(
     epoch: Epoch,
     interrupted: &mut Interrupted<'_>,
 ) -> Result<(), CheckpointError> {
-    machine.track_dirty(true)?;
+    let mut copy = BaseCopy::begin(machine)?;
     link.begin_base(epoch)?;
-    let everything: Vec<_> = machine.ram().pages().collect();
-    send_pages(machine, parts, link, &everything, interrupted)?;
-    drop(everything);
-
-    for _ in 0..ROUNDS_MAX {
-        let dirty = machine.take_dirty()?;
-        let few = dirty.len() <= FEW_PAGES;
-        let pages: Vec<_> = dirty.iter().collect();
-        send_pages(machine, parts, link, &pages, interrupted)?;
-        // Sent, not committed: but the base is all or nothing, and a failure copies all of RAM anew.
-        dirty.retire();
-        if few {
-            break;
-        }
-    }
-    checkpoint_base(machine, parts, link, epoch, Afterwards::RunsOn)
-}
-
-fn send_pages(
-    machine: &mut dyn Machine,
-    parts: &EpochParts,
-    link: &Link,
-    pages: &[vmm::PageNo],
-    interrupted: &mut Interrupted<'_>,
-) -> Result<(), CheckpointError> {
-    for piece in pages.chunks(PIECE_PAGES) {
+    while let Some(piece) = copy.next_piece(machine)? {
         if interrupted() {
             return Err(CheckpointError::LinkLost);
         }
@@ -63,5 +91,5 @@ fn send_pages(
         let staged = parts.arena.stage_pages(machine.ram(), piece.len(), piece.iter().copied())?;
         link.base_pages(staged)?;
     }
-    Ok(())
+    checkpoint_base(machine, parts, link, epoch, Afterwards::RunsOn)
 }

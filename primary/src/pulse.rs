@@ -104,9 +104,9 @@ pub fn start(
             log::debug!("heartbeats run at ordinary priority: {error}");
         }
         let end = match pulse.handle_bytes(&read) {
-            Ok(()) => beat(&stream, &mut pulse, &voice, clock, &tell),
+            Ok(()) => beat(&stream, &mut pulse, &voice, &clock, &tell),
             Err(error) => {
-                say(&stream, &mut pulse, clock).ok();
+                say(&stream, &mut pulse, &clock).ok();
                 error.into()
             }
         };
@@ -120,14 +120,14 @@ fn beat(
     mut stream: &TcpStream,
     pulse: &mut Pulse,
     voice: &SharedVoice,
-    clock: Clock,
+    clock: &Clock,
     tell: &impl Fn(PulseReport),
 ) -> PulseEnd {
     let mut buffer = [0; 4096];
     let mut known = Generation::default();
     loop {
         while let Some(event) = pulse.poll_event() {
-            report(event, tell);
+            tell(event.into());
         }
         let Voice { generation, body } = *voice.lock().unwrap_or_else(PoisonError::into_inner);
         pulse.set_body(body);
@@ -153,7 +153,7 @@ fn beat(
         };
         if let Err(error) = heard {
             while let Some(event) = pulse.poll_event() {
-                report(event, tell);
+                tell(event.into());
             }
             // A refusal that names the error is the last word.
             say(stream, pulse, clock).ok();
@@ -162,23 +162,25 @@ fn beat(
     }
 }
 
-fn say(mut stream: &TcpStream, pulse: &mut Pulse, clock: Clock) -> io::Result<()> {
+fn say(mut stream: &TcpStream, pulse: &mut Pulse, clock: &Clock) -> io::Result<()> {
     while let Some(bytes) = pulse.poll_transmit(clock.now()) {
         stream.write_all(&bytes)?;
     }
     Ok(())
 }
 
-fn report(event: PulseEvent, tell: &impl Fn(PulseReport)) {
-    tell(match event {
-        PulseEvent::Opened { peer } | PulseEvent::Stale { peer } => PulseReport::Generation(peer.generation),
-        PulseEvent::Heard { peer, body } => PulseReport::Heard { peer, body },
-        PulseEvent::Refused { refuse, generation } => {
-            log::warn!("the peer refuses heartbeats: {}", refuse.text);
-            PulseReport::Generation(generation)
+impl From<PulseEvent> for PulseReport {
+    fn from(event: PulseEvent) -> Self {
+        match event {
+            PulseEvent::Opened { peer } | PulseEvent::Stale { peer } => Self::Generation(peer.generation),
+            PulseEvent::Heard { peer, body } => Self::Heard { peer, body },
+            PulseEvent::Refused { refuse, generation } => {
+                log::warn!("the peer refuses heartbeats: {}", refuse.text);
+                Self::Generation(generation)
+            }
+            PulseEvent::Goodbye { goodbye, generation: _ } => Self::Goodbye(goodbye.reason),
         }
-        PulseEvent::Goodbye { goodbye, generation: _ } => PulseReport::Goodbye(goodbye.reason),
-    });
+    }
 }
 
 fn readable_within(stream: &TcpStream, timeout: Duration) -> io::Result<bool> {

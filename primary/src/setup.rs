@@ -163,7 +163,7 @@ pub fn build_machine(config: &PairConfig, process: &Process) -> Result<Built, Se
         bytes: usize::try_from(config.limits.output).unwrap_or(usize::MAX),
         max_hold: config.timers.max_hold,
     };
-    let gate = Gate::new(limits, world, process.clock, Arc::clone(&metrics));
+    let gate = Gate::new(limits, world, process.clock.clone(), Arc::clone(&metrics));
     let mirror = Arc::new(Mirror::default());
     let ports: Vec<Arc<dyn FramePort>> = vec![Arc::new(MirroredPort::new(tap, 0, Arc::clone(&mirror)))];
     let outputs: Arc<dyn vmm::Outputs> = Arc::clone(&gate) as _;

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 
 use bytes::{Bytes, BytesMut};
 
+use crate::mutant::{self, Mutant};
 use crate::digest::EpochDigest;
 use crate::error::{ApiMisuse, LinkError, Malformed, Misbehaved};
 use crate::facts::Facts;
@@ -525,10 +526,13 @@ fn vet(header: &Header, ours: &Identity, peer: Option<&Identity>) -> Result<(), 
         return Err(Misbehaved::OtherVm.into());
     }
     let other = peer.is_some_and(|peer| header.incarnation != peer.incarnation);
+    let other = other && !mutant::is(Mutant::AckOfAnyIncarnation);
     if other || header.incarnation == ours.incarnation {
         return Err(Misbehaved::OtherIncarnation.into());
     }
-    if matches!(header.message, MessageType::Refuse | MessageType::Goodbye) {
+    if matches!(header.message, MessageType::Refuse | MessageType::Goodbye)
+        || mutant::is(Mutant::AckGenerationUnchecked)
+    {
         return Ok(());
     }
     let (expected, found) = (ours.generation, header.generation);

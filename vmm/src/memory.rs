@@ -85,6 +85,22 @@ impl GuestRam {
         if bytes == 0 || !bytes.is_multiple_of(RAM_GRANULE) {
             return Err(RamError::Size { bytes });
         }
+        Self::map(bytes)
+    }
+
+    /// RAM of so many times 64 pages, less than any machine here boots in: for simulated machines, whose whole memory is copied often.
+    ///
+    /// # Errors
+    /// See [`RamError`].
+    pub fn tiny(words: u32) -> Result<Self, RamError> {
+        let bytes = (u64::from(words) * 64) << PAGE_SHIFT;
+        if bytes == 0 {
+            return Err(RamError::Size { bytes });
+        }
+        Self::map(bytes)
+    }
+
+    fn map(bytes: u64) -> Result<Self, RamError> {
         let create = |source: rustix::io::Errno| RamError::Create { bytes, source: source.into() };
         let memfd: OwnedFd = rustix::fs::memfd_create("guest-ram", MemfdFlags::CLOEXEC).map_err(create)?;
         rustix::fs::ftruncate(&memfd, bytes).map_err(create)?;
@@ -139,8 +155,9 @@ impl GuestRam {
         self.memory.write_slice(from, page.address()).map_err(|_| NotRam { page })
     }
 
-    /// Takes the bitmap of the VMM's own writes, one vector of words for each region, and clears it.
-    pub(crate) fn take_own_writes(&self) -> Vec<Vec<u64>> {
+    /// Takes the bitmap of the VMM's own writes, one vector of words for each region, and clears it. For machines: whoever takes it owes its
+    /// pages to the next dirty set.
+    pub fn take_own_writes(&self) -> Vec<Vec<u64>> {
         self.memory.iter().map(|region| MmapRegion::bitmap(region).get_and_reset()).collect()
     }
 }

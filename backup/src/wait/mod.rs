@@ -104,7 +104,7 @@ impl Waiter {
                     Commits::new(limit(limits.backlog)),
                 ),
                 applier,
-                host.clock,
+                host.clock.clone(),
                 move |event| {
                     // The owner of this channel may have ended.
                     told.send(WaitEvent::Link(event)).ok();
@@ -222,7 +222,7 @@ impl Waiter {
         let pulse = Pulse::new(self.host.identity(), self.host.config.timers.heartbeat, self.host.clock.now());
         let tell = self.tell.clone();
         let voice = Arc::clone(&self.host.voice);
-        let started = pulse::start(stream, pulse, read, voice, self.host.clock, move |report| {
+        let started = pulse::start(stream, pulse, read, voice, self.host.clock.clone(), move |report| {
             tell.send(WaitEvent::Pulse(report)).ok();
         });
         match started {
@@ -319,9 +319,10 @@ impl Waiter {
         let (tell, events) = unbounded();
         let told = tell.clone();
         let parts = host.epoch_parts();
-        let runner = Runner::start(machine, parts, Epoch(0), host.config.epoch.interval, host.clock, move |event| {
-            told.send(OwnerEvent::Runner(event)).ok();
-        });
+        let runner =
+            Runner::start(machine, parts, Epoch(0), host.config.epoch.interval, host.clock.clone(), move |event| {
+                told.send(OwnerEvent::Runner(event)).ok();
+            });
         let ran = runner.map_err(anyhow::Error::from).and_then(|runner| {
             runner.run(permit)?;
             Ok(runner)

@@ -6,6 +6,7 @@ use std::time::Duration;
 use failover::arbiter::NodeRef;
 use failover::decide::{Action, GoodbyeReason, GuestEnd, Input, LinkLoss, StateName};
 use replication_proto::Epoch;
+use replication_proto::mutant::{self, Mutant};
 
 use crate::decider::{Decider, heard, node_of};
 use crate::protect::{Protect, Session, Step};

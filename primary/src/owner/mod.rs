@@ -198,7 +198,7 @@ impl Owner {
             pulse,
             &[],
             Arc::clone(&self.host.voice),
-            self.host.clock,
+            self.host.clock.clone(),
             move |report| {
                 // The owner may have ended.
                 tell_pulse.send(OwnerEvent::Pulse(session, report)).ok();
