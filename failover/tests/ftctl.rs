@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use assert_cmd::Command;
 use crossbeam::channel::bounded;
+use failover::arbiter::{Arbiter, FileArbiter, contract};
 use failover::config::PairConfig;
 use failover::control::ControlServer;
 use failover::decide::{Command as CoreCommand, CommandOutcome};
@@ -100,7 +101,16 @@ fn config_check_prints_what_it_reads_back() {
 #[test]
 fn arbiter_show_without_any_process() {
     let scene = Scene::new();
-    assert_eq!(scene.ftctl(&["arbiter", "show"]).0, 2);
+    let (code, out, err) = scene.ftctl(&["arbiter", "show"]);
+    assert!(code == 2 && out.contains("none yet") && err.contains("no record yet"), "{out}{err}");
+    let record = scene.directory.path().join("record.json");
+    FileArbiter::open(&record).unwrap().compare_and_swap(None, &contract::sample(3));
+    let (code, out, _) = scene.ftctl(&["arbiter", "show"]);
+    assert!(code == 78 && out.contains("generation  3\n") && out.contains("owner       a/"), "{out}");
+    let (_, out, _) = scene.ftctl(&["arbiter", "show", "--json"]);
+    let value: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert_eq!((&value["schema"], &value["revision"]), (&"ft.arbiter/1".into(), &1.into()));
+    assert_eq!(value["record"]["note"], "sample 3");
     fs::write(scene.directory.path().join("record.json"), "garbage").unwrap();
     let (code, _, err) = scene.ftctl(&["arbiter", "show"]);
     assert!(code == 3 && err.contains("not usable"), "{err}");

@@ -264,7 +264,7 @@ impl Host {
             connected,
             link: &self.link_note,
             peer: self.peer_address().to_string(),
-            arbiter: self.arbiter.describe(),
+            arbiter: &self.arbiter.describe(),
             gate: &self.gate,
             metrics: &self.metrics,
         };

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
-use failover::arbiter::{ArbiterError, ArbiterThread, FileArbiter, NodeRef};
-use failover::config::{ArbiterSection, ConfigError, Console, MachineKind, PairConfig};
+use failover::arbiter::{ArbiterError, ArbiterThread, ConfiguredArbiter, NodeRef};
+use failover::config::{ConfigError, Console, MachineKind, PairConfig};
 use failover::control::ControlError;
 use failover::decide::{CoreConfig, Role};
 use failover::exit::ExitCode;
@@ -216,9 +216,7 @@ pub fn open_host(
     let Process { node, incarnation, clock, board, state_dir } = process;
     let section = config.node(&node).expect("picked from this configuration").clone();
     let events = EventFile::open(&section.state_dir, node.as_str()).map_err(host("the event file"))?;
-    let arbiter = match &config.arbiter {
-        ArbiterSection::File { path } => FileArbiter::open(path)?,
-    };
+    let arbiter = ConfiguredArbiter::open(&config.arbiter, config.vm.id)?;
     // The event loop listens to the answers' channel itself: nobody needs to be woken.
     let arbiter = ArbiterThread::spawn(arbiter, || {}).map_err(host("the arbiter's thread"))?;
     let core_config = config.core(&node, incarnation, role, state_dir.highest());

@@ -8,10 +8,14 @@ use std::fmt;
 use replication_proto::{Generation, Incarnation, NodeName, VmId};
 use serde::{Deserialize, Serialize};
 
+use crate::config::ArbiterSection;
+
 pub mod contract;
+pub mod etcd;
 pub mod file;
 pub mod thread;
 
+pub use etcd::EtcdArbiter;
 pub use file::FileArbiter;
 pub use thread::{ArbiterThread, Completed};
 
@@ -231,4 +235,49 @@ pub trait Arbiter: Send {
 
     /// What and where it is, for people: `file /var/lib/ft/record.json`.
     fn describe(&self) -> String;
+}
+
+/// The arbiter that a configuration names.
+#[derive(Debug)]
+pub enum ConfiguredArbiter {
+    /// In a file.
+    File(FileArbiter),
+    /// In etcd.
+    Etcd(EtcdArbiter),
+}
+
+impl ConfiguredArbiter {
+    /// Opens the record of `vm`.
+    ///
+    /// # Errors
+    /// [`ArbiterError::Unusable`] when the place, a certificate or a key cannot be used. That nobody answers is no error yet.
+    pub fn open(section: &ArbiterSection, vm: VmId) -> Result<Self, ArbiterError> {
+        match section {
+            ArbiterSection::File { path } => FileArbiter::open(path).map(Self::File),
+            ArbiterSection::Etcd(section) => EtcdArbiter::open(section, vm).map(Self::Etcd),
+        }
+    }
+}
+
+impl Arbiter for ConfiguredArbiter {
+    fn read(&mut self) -> Result<Option<Versioned>, ArbiterError> {
+        match self {
+            Self::File(arbiter) => arbiter.read(),
+            Self::Etcd(arbiter) => arbiter.read(),
+        }
+    }
+
+    fn compare_and_swap(&mut self, expected: Option<Revision>, record: &Record) -> CasOutcome {
+        match self {
+            Self::File(arbiter) => arbiter.compare_and_swap(expected, record),
+            Self::Etcd(arbiter) => arbiter.compare_and_swap(expected, record),
+        }
+    }
+
+    fn describe(&self) -> String {
+        match self {
+            Self::File(arbiter) => arbiter.describe(),
+            Self::Etcd(arbiter) => arbiter.describe(),
+        }
+    }
 }

@@ -1,6 +1,7 @@
 //! A thread around an arbiter, so that the decision core never waits for one.
 
 use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -28,8 +29,11 @@ pub struct Completed {
 pub struct ArbiterThread {
     requests: Sender<(OpId, ArbiterRequest)>,
     answers: Receiver<Completed>,
-    place: String,
+    place: Place,
 }
+
+/// What and where the arbiter is: more is known of it once it has answered.
+type Place = Arc<Mutex<Arc<str>>>;
 
 impl ArbiterThread {
     /// Starts the thread. `wake` is called after each answer was put in the channel; an event loop uses it to look there.
@@ -43,8 +47,9 @@ impl ArbiterThread {
     {
         let (requests, inbox) = bounded(QUEUE);
         let (outbox, answers) = bounded(QUEUE);
-        let place = arbiter.describe();
-        thread::Builder::new().name("arbiter".into()).spawn(move || serve(arbiter, &inbox, &outbox, wake))?;
+        let place: Place = Arc::new(Mutex::new(arbiter.describe().into()));
+        let told = Arc::clone(&place);
+        thread::Builder::new().name("arbiter".into()).spawn(move || serve(arbiter, &inbox, &outbox, &told, wake))?;
         Ok(Self { requests, answers, place })
     }
 
@@ -61,9 +66,9 @@ impl ArbiterThread {
         &self.answers
     }
 
-    /// What and where the arbiter is.
-    pub fn describe(&self) -> &str {
-        &self.place
+    /// What and where the arbiter is, as of its last answer.
+    pub fn describe(&self) -> Arc<str> {
+        Arc::clone(&self.place.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
@@ -71,6 +76,7 @@ fn serve<A: Arbiter>(
     mut arbiter: A,
     inbox: &Receiver<(OpId, ArbiterRequest)>,
     outbox: &Sender<Completed>,
+    place: &Place,
     wake: impl Fn(),
 ) {
     for (op, request) in inbox {
@@ -79,6 +85,12 @@ fn serve<A: Arbiter>(
             ArbiterRequest::Read => Answer::Read(arbiter.read()),
             ArbiterRequest::Cas { expected, record } => Answer::Cas(arbiter.compare_and_swap(expected, &record)),
         };
+        let described = arbiter.describe();
+        let mut told = place.lock().unwrap_or_else(PoisonError::into_inner);
+        if **told != *described {
+            *told = described.into();
+        }
+        drop(told);
         if outbox.send(Completed { op, answer, took: started.elapsed() }).is_err() {
             return;
         }

@@ -19,7 +19,7 @@ pub(super) struct Wrong {
     pub(super) cause: String,
 }
 
-fn wrong(key: impl Into<String>, cause: impl Into<String>) -> Wrong {
+pub(super) fn wrong(key: impl Into<String>, cause: impl Into<String>) -> Wrong {
     Wrong { key: key.into(), cause: cause.into() }
 }
 
@@ -30,7 +30,7 @@ pub(super) fn shown(text: &str) -> String {
     format!("{short:?}{dots}")
 }
 
-fn span_within(key: &str, value: Duration, least: Duration, most: Duration) -> Result<(), Wrong> {
+pub(super) fn span_within(key: &str, value: Duration, least: Duration, most: Duration) -> Result<(), Wrong> {
     if value < least || value > most {
         let cause = format!("{} is out of bounds: {} to {}", format_span(value), format_span(least), format_span(most));
         return Err(wrong(key, cause));
@@ -51,7 +51,16 @@ impl PairConfig {
         self.check_vm()?;
         self.check_timers()?;
         self.check_limits()?;
+        self.check_arbiter()?;
         self.check_nodes()
+    }
+
+    fn check_arbiter(&self) -> Result<(), Wrong> {
+        match &self.arbiter {
+            ArbiterSection::File { path } if path.file_name().is_none() => Err(wrong("arbiter.path", "names no file")),
+            ArbiterSection::File { path: _ } => Ok(()),
+            ArbiterSection::Etcd(section) => section.check(),
+        }
     }
 
     fn check_vm(&self) -> Result<(), Wrong> {
@@ -126,10 +135,6 @@ impl PairConfig {
     }
 
     fn check_nodes(&self) -> Result<(), Wrong> {
-        let ArbiterSection::File { path } = &self.arbiter;
-        if path.file_name().is_none() {
-            return Err(wrong("arbiter.path", "names no file"));
-        }
         let mut nodes = self.nodes.iter();
         let (Some((name_a, a)), Some((name_b, b)), None) = (nodes.next(), nodes.next(), nodes.next()) else {
             return Err(wrong(
@@ -223,6 +228,12 @@ impl PairConfig {
                 span(t.max_hold),
                 span(t.fenced_keep)
             ),
+            match &self.arbiter {
+                ArbiterSection::File { path: _ } => {
+                    "arbiter: a file, for two processes on one host; two hosts need etcd".to_owned()
+                }
+                ArbiterSection::Etcd(section) => section.derived(),
+            },
             format!(
                 "link: {}",
                 if self.link.insecure_lab {

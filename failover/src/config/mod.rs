@@ -12,8 +12,10 @@ use replication_proto::{NodeName, VmId};
 use serde::{Deserialize, Serialize};
 
 mod check;
+mod etcd;
 mod units;
 
+pub use etcd::EtcdSection;
 pub use units::{format_size, format_span, parse_size, parse_span};
 
 use crate::arbiter::NodeRef;
@@ -259,6 +261,8 @@ pub enum ArbiterSection {
         /// The file.
         path: PathBuf,
     },
+    /// An etcd cluster.
+    Etcd(Box<EtcdSection>),
 }
 
 /// `[link]`
@@ -441,8 +445,10 @@ impl PairConfig {
         let absolute = |path: &mut PathBuf| *path = directory.join(&*path);
         self.vm.kernel.iter_mut().for_each(absolute);
         self.vm.initrd.iter_mut().for_each(absolute);
-        let ArbiterSection::File { path } = &mut self.arbiter;
-        absolute(path);
+        match &mut self.arbiter {
+            ArbiterSection::File { path } => absolute(path),
+            ArbiterSection::Etcd(section) => section.resolve(directory),
+        }
         for node in self.nodes.values_mut() {
             absolute(&mut node.control);
             absolute(&mut node.state_dir);

@@ -144,3 +144,63 @@ fn names_and_addresses_are_checked_where_they_are_read() {
     }
     assert!(parse(&edited("tap = \"ftap0\"", "tap = \"ftap0\"\nconsole = \"unix:/run/c\"")).is_ok());
 }
+
+/// The pair's file with etcd in place of the file, and `lines` added to its table.
+fn etcd(lines: &str) -> String {
+    edited("kind = \"file\"\npath = \"record.json\"", &format!("kind = \"etcd\"\n{lines}"))
+}
+
+const LOOPBACK: &str = "endpoints = [\"http://127.0.0.1:2379\"]\n";
+const SECURE: &str = "endpoints = [\"https://10.0.0.1:2379\", \"https://etcd-2.lan:2379\"]\nca = \"ca.pem\"\n";
+
+#[test]
+fn etcd_has_defaults_and_paths_of_its_own() {
+    let config = parse(&etcd(LOOPBACK)).unwrap();
+    let ArbiterSection::Etcd(section) = &config.arbiter else { panic!() };
+    assert_eq!((section.prefix.as_str(), section.timeout), ("/ft/", Duration::from_secs(1)));
+    assert!(config.derived().contains("arbiter: etcd, one endpoint"));
+    assert_eq!(parse(&config.effective()), Ok(config.clone()));
+    let all = format!(
+        "{SECURE}cert = \"c.pem\"\nkey = \"/k.pem\"\nuser = \"ft\"\npassword_file = \"pw\"\ntimeout = \"2s\"\n\
+         connect_timeout = \"100ms\"\nprefix = \"/lab/\"\ncluster_id = \"cdf818194e3a8c32\"\n"
+    );
+    let config = parse(&etcd(&all)).unwrap();
+    let ArbiterSection::Etcd(section) = &config.arbiter else { panic!() };
+    assert_eq!(section.cert.as_deref(), Some(Path::new("/etc/ft/c.pem")));
+    assert_eq!(section.key.as_deref(), Some(Path::new("/k.pem")));
+    assert_eq!(section.cluster(), Some(0xcdf8_1819_4e3a_8c32));
+    assert!(config.derived().contains("TLS, both sides show certificates"));
+    assert_eq!(parse(&config.effective()), Ok(config.clone()));
+}
+
+#[test]
+fn etcd_settings_that_are_wrong_or_unsafe_are_refused() {
+    let cases = [
+        ("endpoints = []", "arbiter.endpoints: 0 endpoints"),
+        ("endpoints = [\"127.0.0.1:2379\"]", "arbiter.endpoints: \"127.0.0.1:2379\" is none"),
+        ("endpoints = [\"http://127.0.0.1\"]", "is none"),
+        ("endpoints = [\"http://127.0.0.1:2379/v3\"]", "is none"),
+        ("endpoints = [\"http://me:secret@127.0.0.1:2379\"]", "is none"),
+        ("endpoints = [\"ftp://127.0.0.1:2379\"]", "is none"),
+        ("endpoints = [\"http://10.0.0.1:2379\"]", "neither https:// nor loopback"),
+        ("endpoints = [\"http://[::1]:1\", \"http://[::1]:1\"]", "is there twice"),
+        ("endpoints = [\"https://a:1\", \"http://[::1]:1\"]\nca = \"c\"", "all or none"),
+        ("endpoints = [\"https://10.0.0.1:2379\"]", "arbiter.ca: https:// endpoints need it"),
+        ("endpoints = [\"http://[::1]:1\"]\nca = \"c\"", "arbiter.ca"),
+        ("endpoints = [\"http://[::1]:1\"]\ncert = \"c\"", "arbiter.cert, key: only one"),
+        ("endpoints = [\"http://[::1]:1\"]\nuser = \"u\"", "arbiter.user, password_file: only one"),
+        ("endpoints = [\"http://[::1]:1\"]\nprefix = \"ft\"", "arbiter.prefix"),
+        ("endpoints = [\"http://[::1]:1\"]\ntimeout = \"1m\"", "arbiter.timeout: 1m is out of bounds"),
+        ("endpoints = [\"http://[::1]:1\"]\nconnect_timeout = \"2s\"", "arbiter.connect_timeout"),
+        ("endpoints = [\"http://[::1]:1\"]\ncluster_id = \"0x12\"", "arbiter.cluster_id"),
+        ("endpoints = [\"http://[::1]:1\"]\ncluster_id = \"+12\"", "arbiter.cluster_id"),
+        ("endpoints = [\"http://[::1]:1\"]\nlease = \"5s\"", "unknown field `lease`"),
+        ("endpoints = [\"http://[::1]:1\"]\npath = \"x\"", "unknown field `path`"),
+        ("prefix = \"/ft/\"", "missing field `endpoints`"),
+    ];
+    for (lines, expected) in cases {
+        let found = message(&etcd(lines));
+        assert!(found.contains(expected), "{found}\n  lacks {expected}");
+    }
+    assert!(parse(&etcd("endpoints = [\"http://10.0.0.1:2379\"]\ninsecure_lab = true")).is_ok());
+}

@@ -113,6 +113,10 @@ pub(crate) enum ConfigAction {
 
 #[derive(Debug, Clone, Copy, Subcommand)]
 pub(crate) enum ArbiterAction {
-    /// Print the record
-    Show,
+    /// Read the record, and print it with what is known of the place where it is
+    Show {
+        /// Print one JSON object (schema ft.arbiter/1)
+        #[arg(long)]
+        json: bool,
+    },
 }
