@@ -10,6 +10,7 @@ pub mod clock;
 pub mod counters;
 pub mod daemon;
 mod error;
+pub mod etcd;
 pub mod events;
 pub mod netns;
 pub mod network;

@@ -39,6 +39,8 @@ pub struct PairOptions {
     pub epoch: String,
     /// Words added to the guest's command line.
     pub cmdline: String,
+    /// The table `[arbiter]`; a file in the pair's directory when there is none.
+    pub arbiter: Option<String>,
     /// Lines added to `pair.toml`, whole tables.
     pub extra: String,
     /// Where the pair's directory is made; the system's directory for temporary files when there is none.
@@ -55,6 +57,7 @@ impl PairOptions {
             vcpus: 1,
             epoch: "25ms".into(),
             cmdline: String::new(),
+            arbiter: None,
             extra: String::new(),
             files: None,
         }
@@ -357,15 +360,17 @@ impl Drop for Pair {
 
 /// `pair.toml` for two hosts in namespaces.
 fn config_text(dir: &Path, guest: Option<&Path>, options: &PairOptions) -> String {
-    let PairOptions { machine, memory, vcpus, epoch, cmdline, extra, files: _ } = options;
+    let PairOptions { machine, memory, vcpus, epoch, cmdline, arbiter, extra, files: _ } = options;
     let mac = GUEST_MAC.map(|byte| format!("{byte:02x}")).join(":");
     let kernel = guest.map_or(String::new(), |path| format!("kernel = {:?}\n", path.display().to_string()));
     let at = dir.display();
+    let file = || format!("[arbiter]\nkind = \"file\"\npath = \"{at}/arbiter.json\"\n");
+    let arbiter = arbiter.clone().unwrap_or_else(file);
     let mut text = format!(
         "[vm]\nname = \"demo\"\nid = \"0d5e0f7a-6b0e-4c55-9a0c-77000a10ca5e\"\nmachine = \"{machine}\"\nmemory = \"{memory}\"\nvcpus = {vcpus}\n\
          {kernel}cmdline = \"ip={GUEST_IP}/24 gw=10.77.0.1 port={GUEST_PORT} {cmdline}\"\nmac = \"{mac}\"\n\n\
          [epoch]\ninterval = \"{epoch}\"\n\n\
-         [arbiter]\nkind = \"file\"\npath = \"{at}/arbiter.json\"\n\n\
+         {arbiter}\n\
          # The replication link is a wire between two namespaces of one machine.\n[link]\ninsecure_lab = true\n\n"
     );
     for node in Node::BOTH {

@@ -36,6 +36,7 @@ fn hint(tool: &str) -> &'static str {
         "ip" => "install the package iproute2",
         "redis-cli" | "redis-benchmark" => "install the package redis-tools",
         "qemu-system-x86_64" => "install the package qemu-system-x86",
+        "etcd" => "install the package etcd-server (apt-get install etcd-server)",
         "nsenter" | "unshare" => "install the package util-linux",
         "cargo" => "install Rust from https://rustup.rs",
         _ => "see README.md",
