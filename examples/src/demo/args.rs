@@ -1,9 +1,16 @@
 //! The command line.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use ::tests::real::MachineKind;
-use clap::{Parser, ValueEnum};
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser, ValueEnum};
+use failover::config::parse_span;
+
+/// A shorter pause of the arbiter need not be noticed: three probes in a row must be lost.
+const SHORTEST_PAUSE: Duration = Duration::from_secs(4);
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
 /// Starts a protected guest on two hosts in network namespaces, kills the primary under load, and shows that a client's
 /// connection survives and nothing that it was told is lost.
@@ -31,6 +38,12 @@ pub(super) struct Args {
     /// What dies: the process alone, or its host (its cables go dead first).
     #[arg(long, value_enum, default_value_t = Kill::Process)]
     pub(super) kill: Kill,
+    /// Who decides who may run.
+    #[arg(long, value_enum, default_value_t = Arbiter::File)]
+    pub(super) arbiter: Arbiter,
+    /// Before the kill: stop etcd (SIGSTOP) for this long while the pair is healthy, 4s to 60s.
+    #[arg(long, value_name = "TIME", value_parser = pause_length)]
+    pub(super) arbiter_pause: Option<Duration>,
     /// Runs one after the other, each with a kill at another moment.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     pub(super) runs: u32,
@@ -41,8 +54,44 @@ pub(super) struct Args {
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=1_000))]
     pub(super) window: u16,
     /// Kill nothing: leave the protected pair running to play with, until Ctrl-C.
-    #[arg(long, conflicts_with_all = ["runs", "json", "kill"])]
+    #[arg(long, conflicts_with_all = ["runs", "json", "kill", "arbiter_pause"])]
     pub(super) keep: bool,
+}
+
+fn pause_length(text: &str) -> Result<Duration, String> {
+    let length = parse_span(text)?;
+    if (SHORTEST_PAUSE..=LONGEST_PAUSE).contains(&length) { Ok(length) } else { Err("4s to 60s".into()) }
+}
+
+impl Args {
+    /// The process's arguments, with what clap cannot say by itself.
+    pub(super) fn read() -> Result<Self, clap::Error> {
+        let args = Self::try_parse()?;
+        if args.arbiter_pause.is_some() && args.arbiter != Arbiter::Etcd {
+            let text = "--arbiter-pause needs --arbiter etcd: a file cannot be paused";
+            return Err(Self::command().error(ErrorKind::ArgumentConflict, text));
+        }
+        Ok(args)
+    }
+}
+
+/// Who decides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum Arbiter {
+    /// A file that both processes see
+    File,
+    /// An etcd of the demo's own, in a namespace of its own
+    Etcd,
+}
+
+impl Arbiter {
+    /// For people and for the JSON report.
+    pub(super) fn as_str(self) -> &'static str {
+        match self {
+            Self::File => "file",
+            Self::Etcd => "etcd",
+        }
+    }
 }
 
 /// See [`MachineKind`].

@@ -7,7 +7,7 @@ use std::process::Command;
 use rustix::process::geteuid;
 use tests::real::tools;
 
-use super::args::Machine;
+use super::args::{Arbiter, Args, Machine};
 use super::error::DemoError;
 
 /// Set in the environment of the second start, so that there is no third.
@@ -34,10 +34,13 @@ pub(super) fn enter_user_namespace_unless_root() -> Result<(), DemoError> {
 }
 
 /// Checks for programs and devices, so that what is missing is said at once.
-pub(super) fn check(machine: Machine) -> Result<(), DemoError> {
+pub(super) fn check(args: &Args) -> Result<(), DemoError> {
     tools::require("ip")?;
+    if args.arbiter == Arbiter::Etcd {
+        tools::require("etcd")?;
+    }
     let open = |path: &str| File::options().read(true).write(true).open(path);
-    if machine == Machine::Kvm {
+    if args.machine == Machine::Kvm {
         open("/dev/kvm").map_err(DemoError::NoKvm)?;
     }
     open("/dev/net/tun").map(drop).map_err(|e| {

@@ -16,14 +16,14 @@ use super::screen::{BOLD, FAINT, Screen};
 
 /// Starts a protected pair, says how to play with it, and takes it down on a signal.
 pub(super) fn keep(args: &Args, artifacts: Artifacts, screen: &Screen, interrupt: &Interrupt) -> Result<(), DemoError> {
-    let mut pair = run::prepare(args, artifacts, interrupt)?;
-    let started = screen.during("starting", |step| run::protect(args, &mut pair, step));
+    let mut stage = run::prepare(args, artifacts, interrupt)?;
+    let started = screen.during("starting", |step| run::protect(args, &mut stage.pair, step));
     if let Err(source) = started {
-        pair.keep_files();
-        drop(pair);
+        stage.pair.keep_files();
+        drop(stage);
         return Err(DemoError::Pair { source, kept: interrupt.keep_files() });
     }
-    how_to_play(&mut pair);
+    how_to_play(&mut stage.pair);
     interrupt.wait();
     anstream::println!("\n  taking everything down");
     Ok(())

@@ -16,7 +16,6 @@ mod timeline;
 
 use std::process::ExitCode;
 
-use clap::Parser as _;
 use tests::real::artifacts::Artifacts;
 
 use args::Args;
@@ -29,7 +28,7 @@ use screen::Screen;
 /// usable `/dev/kvm`; 64 wrong arguments; 69 a program is missing or namespaces are not allowed; 130 interrupted.
 #[must_use]
 pub fn main() -> ExitCode {
-    let args = match Args::try_parse() {
+    let args = match Args::read() {
         Ok(args) => args,
         Err(e) => {
             // Help and version arrive here as well. Nowhere to report a closed terminal.
@@ -50,7 +49,7 @@ pub fn main() -> ExitCode {
 /// The whole of it; `Ok(true)` when every run kept everything.
 fn demo(args: &Args) -> Result<bool, DemoError> {
     host::enter_user_namespace_unless_root()?;
-    host::check(args.machine)?;
+    host::check(args)?;
     let screen = Screen::new();
     screen.banner(args);
     let artifacts = screen.during("building", |step| Artifacts::build(args.machine.into(), step))?;

@@ -1,16 +1,22 @@
 //! What came of one run.
 
+use std::time::Duration;
+
 use tests::real::client::WriterReport;
+use tests::real::pause::{ArbiterPause, longest_gap};
 use tests::real::status::Points;
 
-use super::args::{Kill, Machine};
+use super::args::{Arbiter, Kill, Machine};
 use super::run::WORK_AFTER;
 
 /// Everything that one run found.
 pub(super) struct Outcome {
     pub(super) machine: Machine,
     pub(super) kill: Kill,
+    pub(super) arbiter: Arbiter,
     pub(super) seed: u64,
+    /// What was seen while the arbiter was stopped, if it was.
+    pub(super) pause: Option<ArbiterPause>,
     pub(super) before: Before,
     pub(super) acked_at_kill: u64,
     pub(super) moments: Moments,
@@ -104,9 +110,25 @@ impl Outcome {
         self.report.connection_survived() && u128::from(worked_us) >= enough
     }
 
+    /// The longest time without an answer before the arbiter was stopped, to compare with.
+    pub(super) fn gap_before(&self, pause: &ArbiterPause) -> Duration {
+        longest_gap(&self.report.acks, 0, pause.from_us)
+    }
+
+    /// Whether nobody but the status noticed the arbiter's pause. Somebody who waited for it would have waited for most of it.
+    fn pause_passed(&self) -> bool {
+        self.pause
+            .as_ref()
+            .is_none_or(|pause| pause.as_promised() && pause.longest_gap(&self.report.acks) < pause.length() / 2)
+    }
+
     /// Whether nothing was lost and nothing is wrong.
     pub(super) fn passed(&self) -> bool {
         let acked = self.report.acks.len();
-        self.connection_survived() && acked > 0 && self.report.same.complete(acked) && self.report.fresh.complete(acked)
+        self.pause_passed()
+            && self.connection_survived()
+            && acked > 0
+            && self.report.same.complete(acked)
+            && self.report.fresh.complete(acked)
     }
 }

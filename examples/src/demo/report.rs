@@ -5,6 +5,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 use tests::real::MachineKind;
+use tests::real::pause::ArbiterPause;
 use tests::real::status::Points;
 
 use super::error::DemoError;
@@ -33,6 +34,8 @@ fn one(outcome: &Outcome) -> Value {
         "schema": "ft.demo/1",
         "machine": MachineKind::from(outcome.machine).as_str(),
         "kill": outcome.kill.as_str(),
+        "arbiter": outcome.arbiter.as_str(),
+        "arbiter_pause": outcome.pause.as_ref().map(|seen| pause(outcome, seen)),
         "seed": outcome.seed,
         "passed": outcome.passed(),
         "acked_writes": outcome.report.acks.len(),
@@ -44,6 +47,20 @@ fn one(outcome: &Outcome) -> Value {
         "epochs": outcome.before.epochs,
         "pause_us": points(outcome.before.pause_us),
         "hold_ms": points(outcome.before.hold_ms),
+    })
+}
+
+/// What clients and the status saw of the arbiter's pause.
+fn pause(outcome: &Outcome, seen: &ArbiterPause) -> Value {
+    let since = |at: u64| rounded(ms_between(seen.from_us, at));
+    let [a, b] = seen.not_armed_us.map(|at| at.map_or(Value::Null, since));
+    json!({
+        "length_ms": rounded(seen.length().as_secs_f64() * 1e3),
+        "longest_gap_ms": rounded(seen.longest_gap(&outcome.report.acks).as_secs_f64() * 1e3),
+        "longest_gap_before_ms": rounded(outcome.gap_before(seen).as_secs_f64() * 1e3),
+        "not_armed_after_ms": { "a": a, "b": b },
+        "armed_again_after_ms": since(seen.armed_again_us),
+        "left_protection_for": seen.left_for,
     })
 }
 
@@ -64,6 +81,7 @@ fn many(outcomes: &[Outcome], runs: Vec<Value>) -> Value {
         "schema": "ft.demo/1",
         "machine": MachineKind::from(first.machine).as_str(),
         "kill": first.kill.as_str(),
+        "arbiter": first.arbiter.as_str(),
         "passed": outcomes.iter().all(Outcome::passed),
         "acked_writes": outcomes.iter().map(|o| o.report.acks.len()).sum::<usize>(),
         "lost_acked_writes": sum(|o| o.report.lost()),

@@ -5,12 +5,14 @@ use std::time::{Duration, Instant};
 
 use tests::real::artifacts::Artifacts;
 use tests::real::client::{Writer, WriterConfig};
+use tests::real::etcd::ArbiterSite;
 use tests::real::pair::{Pair, PairOptions, START_LIMIT};
+use tests::real::pause::{ArbiterPause, pause_arbiter};
 use tests::real::resp::Reply;
 use tests::real::rng::Rng;
 use tests::real::{Error, Node, Result};
 
-use super::args::{Args, Kill};
+use super::args::{Arbiter, Args, Kill};
 use super::error::DemoError;
 use super::interrupt::Interrupt;
 use super::outcome::{Before, Moments, Outcome};
@@ -23,6 +25,13 @@ pub(super) const WORK_AFTER: Duration = Duration::from_secs(5);
 /// The kill comes at a random moment of load between these two.
 const LOAD_BEFORE: (Duration, Duration) = (Duration::from_millis(1_000), Duration::from_millis(3_000));
 
+/// What a run plays on.
+pub(super) struct Stage {
+    // Declared first: its cables end in the pair's namespaces.
+    site: Option<ArbiterSite>,
+    pub(super) pair: Pair,
+}
+
 /// Starts a pair, kills its primary under load, and finds out what was kept.
 pub(super) fn run(
     args: &Args,
@@ -31,38 +40,51 @@ pub(super) fn run(
     screen: &Screen,
     interrupt: &Interrupt,
 ) -> Result<Outcome, DemoError> {
-    let mut pair = prepare(args, artifacts, interrupt)?;
-    match story(args, seed, &mut pair, screen) {
+    let mut stage = prepare(args, artifacts, interrupt)?;
+    match story(args, seed, &mut stage, screen) {
         Ok(outcome) if outcome.passed() => Ok(outcome),
         Ok(mut outcome) => {
-            outcome.files = Some(keep_files(pair, interrupt));
+            outcome.files = Some(keep_files(stage, interrupt));
             Ok(outcome)
         }
-        Err(source) => Err(DemoError::Pair { source, kept: keep_files(pair, interrupt) }),
+        Err(source) => Err(DemoError::Pair { source, kept: keep_files(stage, interrupt) }),
     }
 }
 
-/// Wires and files of a pair, nothing started.
-pub(super) fn prepare(args: &Args, artifacts: Artifacts, interrupt: &Interrupt) -> Result<Pair, DemoError> {
+/// Wires and files of a pair, nothing started but the arbiter.
+pub(super) fn prepare(args: &Args, artifacts: Artifacts, interrupt: &Interrupt) -> Result<Stage, DemoError> {
     let mut options = PairOptions::new(args.machine.into());
     options.memory.clone_from(&args.memory);
     options.epoch.clone_from(&args.epoch);
     options.vcpus = args.vcpus;
     options.files = Some(interrupt.files().to_path_buf());
-    Ok(Pair::prepare(artifacts, &options)?)
+    if args.arbiter == Arbiter::Etcd {
+        options.arbiter = Some(ArbiterSite::table());
+    }
+    let pair = Pair::prepare(artifacts, &options)?;
+    let site = match args.arbiter {
+        Arbiter::File => None,
+        Arbiter::Etcd => Some(ArbiterSite::start(pair.network(), interrupt.files())?),
+    };
+    Ok(Stage { site, pair })
 }
 
-fn keep_files(mut pair: Pair, interrupt: &Interrupt) -> String {
-    pair.keep_files();
-    drop(pair);
+fn keep_files(mut stage: Stage, interrupt: &Interrupt) -> String {
+    stage.pair.keep_files();
+    drop(stage);
     interrupt.keep_files()
 }
 
-fn story(args: &Args, seed: u64, pair: &mut Pair, screen: &Screen) -> Result<Outcome> {
+fn story(args: &Args, seed: u64, stage: &mut Stage, screen: &Screen) -> Result<Outcome> {
+    let Stage { site, pair } = stage;
     let mut rng = Rng::new(seed);
     let protected_us = screen.during("starting", |step| protect(args, pair, step))?;
     let config = WriterConfig { seed, window: usize::from(args.window), ..WriterConfig::default() };
     let writer = pair.start_writer(config)?;
+    let pause = match (args.arbiter_pause, site) {
+        (Some(length), Some(site)) => Some(pause(pair, site, length, screen)?),
+        _ => None,
+    };
     let before = screen.during("client writing", |_| load(pair, &writer, &mut rng))?;
     let killed_us = match args.kill {
         Kill::Process => pair.kill(Node::A)?,
@@ -84,7 +106,9 @@ fn story(args: &Args, seed: u64, pair: &mut Pair, screen: &Screen) -> Result<Out
     Ok(Outcome {
         machine: args.machine,
         kill: args.kill,
+        arbiter: args.arbiter,
         seed,
+        pause,
         before,
         acked_at_kill,
         moments,
@@ -116,6 +140,14 @@ pub(super) fn protect(args: &Args, pair: &mut Pair, step: &mut dyn FnMut(&str)) 
     }
     step("guest running on a, protected by b");
     Ok(event.mono_us)
+}
+
+/// Stops the arbiter while the client writes.
+fn pause(pair: &mut Pair, site: &ArbiterSite, length: Duration, screen: &Screen) -> Result<ArbiterPause> {
+    screen.during("waiting until armed", |step| {
+        step(&format!("etcd stopped for {length:?}, the client writes on"));
+        pause_arbiter(pair, site, length)
+    })
 }
 
 /// Lets the client write until the moment of the kill, which depends on the seed only.

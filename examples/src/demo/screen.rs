@@ -38,12 +38,13 @@ impl Screen {
             );
         }
         anstream::eprintln!(
-            "{BOLD}Two hosts, one guest, one kill.{BOLD:#} machine {}, {}, {} vCPU, epochs of {}, client window {}",
+            "{BOLD}Two hosts, one guest, one kill.{BOLD:#} machine {}, {}, {} vCPU, epochs of {}, client window {}, arbiter {}",
             tests::real::MachineKind::from(args.machine),
             args.memory,
             args.vcpus,
             args.epoch,
             args.window,
+            args.arbiter.as_str(),
         );
     }
 

@@ -37,6 +37,23 @@ fn timeline(outcome: &Outcome) {
     lines.extend(
         first.map(|at| (at, "first reply", "to the client, on the connection that it opened before".to_owned())),
     );
+    if let Some(pause) = &outcome.pause {
+        let gap = pause.longest_gap(&outcome.report.acks).as_secs_f64() * 1e3;
+        let before = outcome.gap_before(pause).as_secs_f64() * 1e3;
+        lines.push((
+            pause.from_us,
+            "paused",
+            format!("etcd is stopped; the client's longest gap so far: {before:.1} ms"),
+        ));
+        let not_armed = pause.not_armed_us.iter().flatten().max();
+        lines.extend(not_armed.map(|at| (*at, "not armed", "both sides' status says so; output goes on".to_owned())));
+        lines.push((
+            pause.until_us,
+            "goes on",
+            format!("etcd runs again; longest gap since it was stopped: {gap:.1} ms"),
+        ));
+        lines.push((pause.armed_again_us, "armed", "a takeover would be granted again".to_owned()));
+    }
     lines.extend(moments.gone_us.map(|at| (at, "gone", "a's kernel has taken all of the process apart".to_owned())));
     let all = outcome.report.acks.len();
     lines.extend(outcome.report.acks.last().map(|ack| (ack.at_us, "last write", format!("{all} acknowledged in all"))));
@@ -101,6 +118,14 @@ fn verdict(outcome: &Outcome) {
         (None, None) => "did not work for long enough after the takeover".to_owned(),
     };
     row("client's connection", connection, survived);
+    if let Some(pause) = &outcome.pause {
+        let (said, good) = match (pause.left_for.as_slice(), pause.as_promised()) {
+            ([], true) => ("protected, not armed, armed again".to_owned(), true),
+            ([], false) => ("nobody said that it was not armed".to_owned(), false),
+            (left, _) => (format!("protection was lost: {}", left.join(", ")), false),
+        };
+        row("while etcd was stopped", said, good);
+    }
     if let Some(e) = &report.fresh.error {
         row("new connection", format!("failed: {e}"), false);
     }

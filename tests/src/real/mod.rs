@@ -15,6 +15,7 @@ pub mod events;
 pub mod netns;
 pub mod network;
 pub mod pair;
+pub mod pause;
 pub mod resp;
 pub mod rng;
 pub mod scene;
