@@ -24,6 +24,8 @@ pub struct Desk {
     requests: Receiver<ControlRequest>,
     open: BTreeMap<Ticket, ReplyHandle>,
     last_ticket: Ticket,
+    /// The last request to the arbiter had no answer.
+    arbiter_away: bool,
     _control: ControlServer,
     _health: Option<HealthServer>,
 }
@@ -63,7 +65,15 @@ impl Desk {
             ),
             None => None,
         };
-        Ok(Self { board, requests, open: BTreeMap::new(), last_ticket: OWN_TICKET, _control: control, _health: health })
+        Ok(Self {
+            board,
+            requests,
+            open: BTreeMap::new(),
+            last_ticket: OWN_TICKET,
+            arbiter_away: false,
+            _control: control,
+            _health: health,
+        })
     }
 
     /// Where operators' commands arrive.
@@ -98,9 +108,19 @@ impl Desk {
         }
     }
 
-    /// The arbiter took this long to answer.
-    pub fn arbiter_took(&self, took: Duration) {
-        self.board.update(|status| status.arbiter.last_request_seconds = Some(took.as_secs_f64()));
+    /// The arbiter took this long to answer, or not to answer, because of `trouble`.
+    pub fn arbiter_answered(&mut self, took: Duration, trouble: Option<String>) {
+        // It is asked again at once and often: where an outage begins and where it ends is enough for the log.
+        match (&trouble, self.arbiter_away) {
+            (Some(text), false) => log::warn!("arbiter: {text}"),
+            (None, true) => log::info!("arbiter: answers again"),
+            _ => {}
+        }
+        self.arbiter_away = trouble.is_some();
+        self.board.update(|status| {
+            status.arbiter.last_request_seconds = Some(took.as_secs_f64());
+            status.counters.arbiter_errors += u64::from(trouble.is_some());
+        });
     }
 
     /// Shows the state of things.

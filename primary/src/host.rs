@@ -158,8 +158,9 @@ impl Host {
     /// What an event means to the decision core.
     pub fn input_of(&mut self, event: HostEvent) -> Input {
         match event {
-            HostEvent::Arbiter(Completed { op, answer, took }) => {
-                self.desk.arbiter_took(took);
+            HostEvent::Arbiter(completed) => {
+                self.desk.arbiter_answered(completed.took, completed.trouble());
+                let Completed { op, answer, took: _ } = completed;
                 Input::Arbiter { op, answer }
             }
             HostEvent::Control(request) => {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, Sender, bounded};
 
-use super::Arbiter;
+use super::{Arbiter, CasOutcome};
 use crate::decide::{Answer, ArbiterRequest, OpId};
 
 /// Requests that may wait. The decision core has at most one outstanding.
@@ -22,6 +22,20 @@ pub struct Completed {
     pub answer: Answer,
     /// How long it took.
     pub took: Duration,
+}
+
+impl Completed {
+    /// Why this is no answer, if it is none.
+    pub fn trouble(&self) -> Option<String> {
+        match &self.answer {
+            Answer::Read(Err(error)) => Some(error.to_string()),
+            Answer::Cas(CasOutcome::Unknown(why)) => {
+                Some(format!("nobody knows whether the record was written: {why}"))
+            }
+            Answer::Cas(CasOutcome::Failed(why)) => Some(format!("the record was not written: {why}")),
+            Answer::Read(Ok(_)) | Answer::Cas(CasOutcome::Applied(_) | CasOutcome::Conflict) => None,
+        }
+    }
 }
 
 /// Handle to the thread; requests in, [`Completed`] out. The thread ends when the handle is dropped and the current request is done.
@@ -102,7 +116,7 @@ fn serve<A: Arbiter>(
 mod tests {
     use super::*;
     use crate::arbiter::contract::sample;
-    use crate::arbiter::{CasOutcome, FileArbiter, Revision};
+    use crate::arbiter::{FileArbiter, Revision};
 
     #[test]
     fn answers_carry_the_number_of_their_request() {
@@ -117,8 +131,12 @@ mod tests {
         let first = thread.answers().recv_timeout(limit).unwrap();
         assert_eq!((first.op, first.answer), (OpId(4), Answer::Cas(CasOutcome::Applied(Revision(1)))));
         let second = thread.answers().recv_timeout(limit).unwrap();
-        assert_eq!(second.op, OpId(9));
+        assert_eq!((second.op, second.trouble()), (OpId(9), None));
         assert!(matches!(second.answer, Answer::Read(Ok(Some(_)))));
         wakes.recv_timeout(limit).unwrap();
+        std::fs::write(directory.path().join("record.json"), "{").unwrap();
+        thread.request(OpId(10), ArbiterRequest::Cas { expected: None, record: sample(1) });
+        let third = thread.answers().recv_timeout(limit).unwrap();
+        assert!(third.trouble().is_some_and(|text| text.starts_with("the record was not written: ")), "{third:?}");
     }
 }
