@@ -130,6 +130,29 @@ fn of_two_clients_exactly_one_wins_each_of_200_races() {
     println!("wins: {wins:?}");
 }
 
+/// What a takeover pays. Printed, not judged: it is the disk's fsync and whatever else this host does meanwhile.
+#[test]
+fn a_thousand_swaps() {
+    if !wanted() {
+        return;
+    }
+    let _bounded = Bounded::new("a thousand swaps");
+    let etcd = Etcd::start(&EtcdOptions::default()).unwrap();
+    let mut arbiter = open(&etcd.endpoints(), "");
+    let mut revision = created(&mut arbiter);
+    let mut times = Vec::new();
+    for number in 0..1_000 {
+        let started = Instant::now();
+        let outcome = arbiter.compare_and_swap(Some(revision), &sample(2 + number));
+        times.push(started.elapsed());
+        let CasOutcome::Applied(next) = outcome else { panic!("{number}: {outcome:?}") };
+        assert_eq!(next.0, revision.0 + 1, "one write each");
+        revision = next;
+    }
+    times.sort();
+    println!("1,000 swaps: p50 {:?}, p99 {:?}, max {:?}", times[499], times[989], times[999]);
+}
+
 /// What one client believes while its server comes and goes: an applied write stays, a failed one never comes, an unknown one is either.
 struct Believer {
     arbiter: EtcdArbiter,

@@ -25,6 +25,9 @@ pub(super) const WORK_AFTER: Duration = Duration::from_secs(5);
 /// The kill comes at a random moment of load between these two.
 const LOAD_BEFORE: (Duration, Duration) = (Duration::from_millis(1_000), Duration::from_millis(3_000));
 
+/// Writes that are acknowledged before the arbiter is stopped.
+const ACKED_BEFORE_PAUSE: u64 = 200;
+
 /// What a run plays on.
 pub(super) struct Stage {
     // Declared first: its cables end in the pair's namespaces.
@@ -82,7 +85,7 @@ fn story(args: &Args, seed: u64, stage: &mut Stage, screen: &Screen) -> Result<O
     let config = WriterConfig { seed, window: usize::from(args.window), ..WriterConfig::default() };
     let writer = pair.start_writer(config)?;
     let pause = match (args.arbiter_pause, site) {
-        (Some(length), Some(site)) => Some(pause(pair, site, length, screen)?),
+        (Some(length), Some(site)) => Some(pause(pair, site, &writer, length, screen)?),
         _ => None,
     };
     let before = screen.during("client writing", |_| load(pair, &writer, &mut rng))?;
@@ -143,8 +146,19 @@ pub(super) fn protect(args: &Args, pair: &mut Pair, step: &mut dyn FnMut(&str)) 
 }
 
 /// Stops the arbiter while the client writes.
-fn pause(pair: &mut Pair, site: &ArbiterSite, length: Duration, screen: &Screen) -> Result<ArbiterPause> {
-    screen.during("waiting until armed", |step| {
+fn pause(
+    pair: &mut Pair,
+    site: &ArbiterSite,
+    writer: &Writer,
+    length: Duration,
+    screen: &Screen,
+) -> Result<ArbiterPause> {
+    screen.during("client writing", |step| {
+        // Some answers before, to compare the gaps with. A client that has failed is found out at the end.
+        let deadline = Instant::now() + START_LIMIT;
+        while writer.is_writing() && writer.acked() < ACKED_BEFORE_PAUSE && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(5));
+        }
         step(&format!("etcd stopped for {length:?}, the client writes on"));
         pause_arbiter(pair, site, length)
     })
