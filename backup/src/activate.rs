@@ -4,7 +4,7 @@
 use std::io;
 use std::time::{Duration, Instant};
 
-use failover::RunPermit;
+use failover::{RunPermit, failpoint};
 use primary::host::Host;
 use primary::output::held::{HELD_SECTION, HeldError, HeldFrames};
 use primary::runner::{Runner, RunnerEvent};
@@ -75,22 +75,29 @@ pub fn activate(
 ) -> Result<Activated, ActivateError> {
     let began = Instant::now();
     let Waiting { link, applier, standby, taps } = waiting;
+    failpoint!(TakeoverGranted => return Err(failpoint::injected().into()));
     // 1. No acknowledgement leaves from here on; the incomplete epoch is dropped.
     let (holding, inbound) = link.close();
+    failpoint!(TakeoverClosed => return Err(failpoint::injected().into()));
     // 2. Every committed checkpoint is in memory.
     let applied = applier.finish().ok_or(ActivateError::Hollow)?;
     let epoch = applied.epoch;
+    failpoint!(TakeoverApplied => return Err(failpoint::injected().into()));
     // 3. vCPUs, interrupt controllers, devices and clocks, as of the same instant.
     let mut machine = standby.into_machine();
     let held = restore(&mut *machine, holding, applied)?;
+    failpoint!(TakeoverRestored => return Err(failpoint::injected().into()));
     // 4. The LAN learns where the guest is now. What the guest itself says waits for the word of the decision core.
     host.gate.hold();
     host.gate.adopt_speakers(held.speakers.clone());
     announce(&host.gate, &host.macs(), &held.speakers)?;
+    failpoint!(TakeoverAnnounced => return Err(failpoint::injected().into()));
     // 5. What the guest said in its last committed epoch may have died with the primary: say it again.
     held.frames.iter().for_each(|(nic, frame)| host.gate.send_for_guest(*nic, frame));
+    failpoint!(TakeoverResent => return Err(failpoint::injected().into()));
     // 6. What was said to it since that epoch: to the primary, and on this tap.
     deliver(&mut *machine, &inbound, taps.stop());
+    failpoint!(TakeoverDelivered => return Err(failpoint::injected().into()));
     // 7. Run, on the strength of the permit. Queues count as kicked, pending interrupts are raised again.
     let parts = host.epoch_parts();
     let runner = Runner::start(machine, parts, epoch, host.config.epoch.interval, host.clock.clone(), tell)?;

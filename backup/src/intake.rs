@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use std::io;
 
 use bytes::Bytes;
+use failover::failpoint;
 use replication_proto::mutant::{self, Mutant};
 use replication_proto::{CheckpointKind, Epoch, Generation, GoodbyeReason, Identity, LinkError, RefuseCode};
 use replication_proto::{Receiver, ReceiverConfig, ReceiverEvent};
@@ -231,6 +232,7 @@ impl Intake {
                 self.events.push_back(IntakeEvent::Opened(peer));
             }
             (ReceiverEvent::Begin { epoch, kind }, Some(peer)) => {
+                failpoint!(RecvBegin => return Err(failpoint::injected().into()));
                 self.inbox.begin(epoch, kind)?;
                 if kind == CheckpointKind::Base {
                     self.commits.begin_base();
@@ -239,6 +241,7 @@ impl Intake {
                 }
             }
             (ReceiverEvent::Pages { indexes, bytes }, _) => {
+                failpoint!(RecvPages => return Err(failpoint::injected().into()));
                 let batch = PageBatch { indexes, bytes };
                 if mutant::is(Mutant::DeltaIntoStandby) {
                     self.events.push_back(IntakeEvent::ApplyHollow(batch.clone()));
@@ -254,7 +257,9 @@ impl Intake {
                 {
                     connection.protocol.ack(end.epoch)?;
                 }
+                failpoint!(RecvEnd => return Err(failpoint::injected().into()));
                 let committed = self.commits.commit(self.inbox.take()?, &end)?;
+                failpoint!(Committed);
                 self.inbound.committed(end.epoch);
                 self.events.push_back(IntakeEvent::Apply(committed));
                 self.events.push_back(match end.kind {
@@ -262,7 +267,10 @@ impl Intake {
                     CheckpointKind::Delta => IntakeEvent::Committed(end.epoch),
                 });
             }
-            (ReceiverEvent::Inbound { epoch, nic, frame }, _) => self.inbound.keep(epoch, nic, &frame),
+            (ReceiverEvent::Inbound { epoch, nic, frame }, _) => {
+                failpoint!(InboundKept => return Ok(()));
+                self.inbound.keep(epoch, nic, &frame);
+            }
             (ReceiverEvent::Goodbye(goodbye), Some(peer)) => {
                 self.events.push_back(IntakeEvent::Goodbye(peer, goodbye.reason));
             }
@@ -274,6 +282,7 @@ impl Intake {
     fn acknowledge(&mut self) -> Result<(), LinkEnd> {
         let Some(connection) = &mut self.connection else { return Ok(()) };
         for epoch in self.commits.acks_due() {
+            failpoint!(AckSend => return Err(failpoint::injected().into()));
             if !mutant::is(Mutant::AckBeforeCommit) {
                 connection.protocol.ack(epoch)?;
             }

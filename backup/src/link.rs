@@ -10,6 +10,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use bytes::Bytes;
+use failover::failpoint;
 use mio::net::{TcpListener, TcpStream};
 use mio::{Events, Interest, Poll, Registry, Token, Waker};
 use primary::clock::Clock;
@@ -409,7 +410,10 @@ impl Data {
                 }
             }
             match self.stream.write(&self.writing) {
-                Ok(n) => drop(self.writing.split_to(n)),
+                Ok(n) => {
+                    drop(self.writing.split_to(n));
+                    failpoint!(AckSent => return Err(failpoint::injected()));
+                }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => return Err(e),

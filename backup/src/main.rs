@@ -26,7 +26,8 @@ struct Args {
     may_boot: bool,
 }
 
-fn main() -> ExitCode {
+pub(crate) fn main() -> ExitCode {
+    failover::failpoint::begin();
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info"))
         .format_timestamp_micros()
         .init();

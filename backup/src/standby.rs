@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use crossbeam::channel::{Receiver, Sender, bounded};
+use failover::failpoint;
 use replication_proto::Epoch;
 use vmm::{GuestRam, Machine, PAGE_SIZE, PageNo, Section};
 
@@ -102,7 +103,12 @@ fn apply_all(ram: &GuestRam, jobs: &Receiver<Job>, applied: &impl Fn(usize)) -> 
     for job in jobs {
         match job {
             Job::Hollow(batch) => memory.apply_hollow(ram, &batch),
-            Job::Checkpoint(committed) => applied(memory.apply(ram, committed)),
+            Job::Checkpoint(committed) => {
+                failpoint!(ApplyBefore);
+                let bytes = memory.apply(ram, committed);
+                failpoint!(ApplyAfter);
+                applied(bytes);
+            }
         }
     }
     memory.into_applied()

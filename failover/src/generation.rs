@@ -9,6 +9,7 @@ use replication_proto::{Generation, VmId};
 use serde::{Deserialize, Serialize};
 
 use crate::exit::ExitCode;
+use crate::failpoint;
 
 /// Longest generation file, in bytes.
 const MAX_BYTES: u64 = 4096;
@@ -156,10 +157,13 @@ impl StateDir {
         let bytes = serde_json::to_vec(&stored).expect("plain values");
         let (path, new) = (self.file(), self.directory.join("generation.json.new"));
         let write = || -> io::Result<()> {
+            failpoint!(GenerationWrite => return Err(crate::failpoint::injected()));
             let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
             file.write_all(&bytes)?;
             file.sync_all()?;
+            failpoint!(GenerationRename => return Err(crate::failpoint::injected()));
             fs::rename(&new, &path)?;
+            failpoint!(GenerationFsync => return Err(crate::failpoint::injected()));
             File::open(&self.directory)?.sync_all()
         };
         write().map_err(|cause| StateError::Io { place: path.display().to_string(), cause })?;

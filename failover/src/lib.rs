@@ -1,7 +1,8 @@
 //! Who may run: the pure decision core, its arbiters, and what operators see of it.
 //!
 //! [`decide`] is the core, the same on both sides. Around it: [`arbiter`] (the record and its compare-and-swap), [`generation`] (what survives a
-//! restart), [`config`] (`pair.toml`), [`status`], [`control`] (the unix socket of `ftctl`), and [`health`] (HTTP for probes and metrics).
+//! restart), [`config`] (`pair.toml`), [`status`], [`control`] (the unix socket of `ftctl`), [`health`] (HTTP for probes and metrics), and [`failpoint`] (places where tests
+//! let the programs fail).
 
 #![forbid(unsafe_code)]
 
@@ -11,6 +12,7 @@ pub mod control;
 pub mod decide;
 mod detector;
 pub mod exit;
+pub mod failpoint;
 pub mod generation;
 pub mod health;
 pub mod permit;

@@ -1,6 +1,7 @@
 //! The base: all of guest memory, copied while the guest runs, ended by a first checkpoint. Output stays open meanwhile: it is held only
 //! once the base is committed, for the one epoch that makes the backup the one in sync (rule R5).
 
+use failover::failpoint;
 use replication_proto::Epoch;
 use replication_proto::mutant::{self, Mutant};
 use vmm::machine::DirtyError;
@@ -82,6 +83,7 @@ pub fn send_base(
     interrupted: &mut Interrupted<'_>,
 ) -> Result<(), CheckpointError> {
     let mut copy = BaseCopy::begin(machine)?;
+    failpoint!(BaseBegin => return Err(CheckpointError::LinkLost));
     link.begin_base(epoch)?;
     while let Some(piece) = copy.next_piece(machine)? {
         if interrupted() {
@@ -89,7 +91,9 @@ pub fn send_base(
         }
         link.wait_for_room(&parts.arena)?;
         let staged = parts.arena.stage_pages(machine.ram(), piece.len(), piece.iter().copied())?;
+        failpoint!(BasePages => return Err(CheckpointError::LinkLost));
         link.base_pages(staged)?;
     }
+    failpoint!(BaseEnd => return Err(CheckpointError::LinkLost));
     checkpoint_base(machine, parts, link, epoch, Afterwards::RunsOn)
 }

@@ -4,6 +4,8 @@ use std::io;
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
+use failover::failpoint;
+
 /// Both connections of a session.
 #[derive(Debug)]
 pub struct Streams {
@@ -23,6 +25,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 pub fn dial(peer: SocketAddr, done: impl FnOnce(io::Result<Streams>) + Send + 'static) -> io::Result<()> {
     std::thread::Builder::new().name("ft-dial".into()).spawn(move || {
         let streams = || -> io::Result<Streams> {
+            failpoint!(Dial => return Err(failpoint::injected()));
             let heartbeat = TcpStream::connect_timeout(&peer, CONNECT_TIMEOUT)?;
             let data = TcpStream::connect_timeout(&peer, CONNECT_TIMEOUT)?;
             Ok(Streams { data, heartbeat })

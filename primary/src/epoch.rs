@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use failover::failpoint;
 use replication_proto::Epoch;
 use vmm::machine::{CaptureError, DirtyError, Machine, PauseError, RunError};
 use vmm::memory::NotRam;
@@ -158,26 +159,33 @@ pub fn stage(
     afterwards: Afterwards,
 ) -> Result<(StagedCheckpoint, PauseParts), CheckpointError> {
     // 2. Stop the vCPUs exactly, quiesce devices, drain interrupts.
+    failpoint!(EpochStop => return Err(PauseError::Stuck { vcpu: 0, waited: Duration::ZERO }.into()));
     let mut paused = PausedVm::pause(machine)?;
+    failpoint!(EpochStopped);
     let began = paused.began();
     // 3. Outputs so far belong to this epoch; before resume, once.
     let sealing = Instant::now();
     let held = parts.gate.seal(epoch).ok_or(CheckpointError::Fenced)?;
     let seal = sealing.elapsed();
+    failpoint!(EpochSealed => return Err(CaptureError::Host { what: "state".into(), source: failpoint::injected() }.into()));
     // 4. Machine state. May itself write guest memory, so it comes before the dirty set.
     let mut sections = paused.capture()?;
+    failpoint!(EpochCaptured => return Err(DirtyError { call: "none", source: failpoint::injected() }.into()));
     // 5. Which pages were written, by the guest and by us.
     let dirty = paused.take_dirty()?;
+    failpoint!(EpochDirty => return Err(NotRam { page: vmm::PageNo(u64::MAX) }.into()));
     // 6. Copy them out; from here on nothing refers to guest memory.
     let staging = Instant::now();
     let pages = parts.arena.stage(paused.ram(), &dirty)?;
     let stage = staging.elapsed();
+    failpoint!(EpochStaged => return Err(RunError::Ended("a failpoint says so".into()).into()));
     // 7. The guest runs on. What follows happens beside it.
     let machine = match afterwards {
         Afterwards::RunsOn => paused.resume()?,
         Afterwards::StaysStopped => paused.stay_stopped(),
     };
     let resumed = Instant::now();
+    failpoint!(EpochResumed => return Err(CheckpointError::LinkLost));
     sections.push(held_section(&held));
     let pause = PauseParts { machine, seal, stage, whole: resumed - began };
     Ok((StagedCheckpoint { epoch, pages, sections, dirty, resumed }, pause))

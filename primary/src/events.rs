@@ -8,6 +8,7 @@ use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use failover::failpoint;
 use replication_proto::{Epoch, Generation};
 use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
@@ -110,10 +111,12 @@ impl EventFile {
             Ok(mut bytes) => {
                 log::info!("{}", String::from_utf8_lossy(&bytes));
                 bytes.push(b'\n');
+                failpoint!(EventsWrite => return log::warn!("an event was not written: a failpoint says so"));
                 let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
                 if let Err(error) = file.write_all(&bytes) {
                     log::warn!("an event was not written: {error}");
                 }
+                failpoint!(EventsWritten);
             }
             Err(error) => log::warn!("an event was not written: {error}"),
         }

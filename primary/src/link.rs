@@ -9,6 +9,7 @@ use std::thread::JoinHandle;
 
 use bytes::Bytes;
 use crossbeam::channel::{Receiver, Sender, TryRecvError, unbounded};
+use failover::failpoint;
 use mio::{Events, Interest, Poll, Token, Waker};
 use replication_proto::{Epoch, GoodbyeReason, LinkError, SenderConfig};
 
@@ -202,6 +203,7 @@ impl Link {
 
     /// Tells the backup of an inbound frame. While the link is behind, frames are left to retransmission.
     pub fn inbound(&self, nic: u8, frame: &[u8]) {
+        failpoint!(InboundSend => return);
         if self.commands.len() < INBOUND_WAITING_MAX {
             let epoch = Epoch(self.shared.running.load(Ordering::Acquire));
             // An error means that the link is gone, and nobody wants to know.
@@ -344,9 +346,13 @@ impl LinkThread {
             Ok(Command::BeginBase(epoch)) => self.stream.begin_base(epoch)?,
             Ok(Command::BasePages(pages)) => self.stream.pages(&pages)?,
             Ok(Command::EndBase(checkpoint)) => self.stream.end(checkpoint)?,
-            Ok(Command::Checkpoint(checkpoint)) => self.stream.checkpoint(checkpoint)?,
+            Ok(Command::Checkpoint(checkpoint)) => {
+                failpoint!(SendBegin => return Err(failpoint::injected().into()));
+                self.stream.checkpoint(checkpoint)?;
+            }
             Ok(Command::Inbound { epoch, nic, frame }) => self.stream.inbound(epoch, nic, &frame)?,
             Ok(Command::Goodbye(reason)) => {
+                failpoint!(Goodbye => return Err(failpoint::injected().into()));
                 self.stream.goodbye(reason)?;
                 self.closing = true;
             }

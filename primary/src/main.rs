@@ -36,7 +36,8 @@ struct Args {
     force_cold_boot: bool,
 }
 
-fn main() -> ExitCode {
+pub(crate) fn main() -> ExitCode {
+    failover::failpoint::begin();
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info"))
         .format_timestamp_micros()
         .init();

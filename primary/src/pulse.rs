@@ -7,6 +7,7 @@ use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use failover::failpoint;
 use replication_proto::LinkError;
 use replication_proto::{Generation, Identity};
 use replication_proto::{GoodbyeReason, HeartbeatBody};
@@ -148,7 +149,10 @@ fn beat(
         }
         let heard = match stream.read(&mut buffer) {
             Ok(0) => return PulseEnd::EndOfFile,
-            Ok(n) => pulse.handle_bytes(&buffer[..n]),
+            Ok(n) => {
+                failpoint!(HeartbeatHeard => return failpoint::injected().into());
+                pulse.handle_bytes(&buffer[..n])
+            }
             Err(error) => return error.into(),
         };
         if let Err(error) = heard {
@@ -164,6 +168,7 @@ fn beat(
 
 fn say(mut stream: &TcpStream, pulse: &mut Pulse, clock: &Clock) -> io::Result<()> {
     while let Some(bytes) = pulse.poll_transmit(clock.now()) {
+        failpoint!(HeartbeatSend => return Err(failpoint::injected()));
         stream.write_all(&bytes)?;
     }
     Ok(())

@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
-use failover::RunPermit;
+use failover::{RunPermit, failpoint};
 use replication_proto::Epoch;
 use vmm::machine::{DirtyError, PauseError, RunError};
 use vmm::{Machine, PausedVm};
@@ -310,7 +310,9 @@ impl RunnerThread {
             return Err(RunError::Ended("this side has no permit to run the guest".into()));
         };
         log::info!("the guest runs under generation {}", permit.generation());
+        failpoint!(PermitRun => return Err(RunError::Ended("a failpoint says so".into())));
         self.machine.run()?;
+        failpoint!(PermitRunning);
         self.stopped = false;
         Ok(())
     }

@@ -8,6 +8,7 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use bytes::Bytes;
+use failover::failpoint;
 use replication_proto::mutant::{self, Mutant};
 use replication_proto::{CheckpointKind, Epoch, Generation, GoodbyeReason, Identity, LinkError, Refuse};
 use replication_proto::{Sender, SenderConfig, SenderEvent};
@@ -89,13 +90,16 @@ impl Stream {
 
     /// Steps 14 to 16: the acknowledgement arrived, outputs through `epoch` leave, its dirty set is retired.
     fn on_commit(&mut self, epoch: Epoch) {
+        failpoint!(AckReceived => return);
         self.gate.committed(epoch);
+        failpoint!(AckReleased);
         while self.in_flight.front().is_some_and(|first| first.epoch <= epoch) {
             if let Some(done) = self.in_flight.pop_front() {
                 done.dirty.retire();
                 self.metrics.committed(done.epoch, done.sent.unwrap_or(done.resumed).elapsed());
             }
         }
+        failpoint!(AckRetired);
     }
 
     /// The next bytes to send, in this order and all of them.
@@ -119,6 +123,7 @@ impl Stream {
         for checkpoint in self.in_flight.iter_mut().filter(|c| c.sent.is_none()) {
             checkpoint.sent = Some(now);
             self.metrics.transferred(now - checkpoint.resumed);
+            failpoint!(Sent);
         }
     }
 
@@ -135,6 +140,7 @@ impl Stream {
     /// # Errors
     /// The connection is not in a state for it.
     pub fn pages(&mut self, pages: &StagedPages) -> Result<(), LinkError> {
+        failpoint!(SendPages);
         self.protocol.pages(&pages.indexes, pages.bytes())?;
         self.metrics.raw_bytes.fetch_add(u64::try_from(pages.bytes().len()).unwrap_or(0), Ordering::Relaxed);
         Ok(())
@@ -164,6 +170,7 @@ impl Stream {
         for section in &sections {
             self.protocol.section(section.kind.0, section.version, &section.bytes)?;
         }
+        failpoint!(SendEnd);
         self.protocol.end()?;
         Ok(())
     }

@@ -4,7 +4,6 @@ use std::collections::VecDeque;
 
 use bytes::{Bytes, BytesMut};
 
-use crate::mutant::{self, Mutant};
 use crate::digest::EpochDigest;
 use crate::error::{ApiMisuse, LinkError, Malformed, Misbehaved};
 use crate::facts::Facts;
@@ -17,6 +16,7 @@ use crate::message::{
     Channel, CheckpointKind, EndOfCheckpoint, Features, Goodbye, GoodbyeReason, Hello, NO_GENERATION, Refuse,
     VersionRange,
 };
+use crate::mutant::{self, Mutant};
 use crate::negotiate::Agreed;
 use crate::ram::{PageSet, RamLayout};
 use crate::wire::frame::{Frame, FrameReader, FrameWriter};

@@ -8,6 +8,8 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use crate::failpoint;
+
 use super::{Arbiter, ArbiterError, CasOutcome, MAX_RECORD_BYTES, Record, RecordError, Revision, Versioned};
 use serde::{Deserialize, Serialize};
 
@@ -103,6 +105,7 @@ impl FileArbiter {
         let bytes = serde_json::to_vec(stored).expect("a record has only string keys and plain values");
         // Only the holder of the lock writes the temporary file, so a left-over one belongs to a dead writer.
         let write = || -> io::Result<()> {
+            failpoint!(RecordWrite => return Err(crate::failpoint::injected()));
             let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
             file.write_all(&bytes)?;
             file.sync_all()
@@ -111,8 +114,10 @@ impl FileArbiter {
             let _ = fs::remove_file(&temporary);
             return Err(ReplaceError::NotDone(format!("{}: {error}", temporary.display())));
         }
+        failpoint!(RecordRename => return Err(ReplaceError::NotDone("a failpoint says so".into())));
         fs::rename(&temporary, &self.path)
             .map_err(|error| ReplaceError::NotDone(format!("rename to {}: {error}", self.path.display())))?;
+        failpoint!(RecordFsync => return Err(ReplaceError::Uncertain("a failpoint says so".into())));
         // From here on the others see the new record; without the directory on disk a power cut could still take it back.
         File::open(&self.directory)
             .and_then(|directory| directory.sync_all())

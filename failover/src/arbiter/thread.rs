@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, Sender, bounded};
 
-use super::{Arbiter, CasOutcome};
+use super::{Arbiter, CasOutcome, Record, Revision};
 use crate::decide::{Answer, ArbiterRequest, OpId};
+use crate::failpoint;
 
 /// Requests that may wait. The decision core has at most one outstanding.
 const QUEUE: usize = 4;
@@ -97,7 +98,7 @@ fn serve<A: Arbiter>(
         let started = Instant::now();
         let answer = match request {
             ArbiterRequest::Read => Answer::Read(arbiter.read()),
-            ArbiterRequest::Cas { expected, record } => Answer::Cas(arbiter.compare_and_swap(expected, &record)),
+            ArbiterRequest::Cas { expected, record } => Answer::Cas(swap(&mut arbiter, expected, &record)),
         };
         let described = arbiter.describe();
         let mut told = place.lock().unwrap_or_else(PoisonError::into_inner);
@@ -112,11 +113,18 @@ fn serve<A: Arbiter>(
     }
 }
 
+fn swap(arbiter: &mut impl Arbiter, expected: Option<Revision>, record: &Record) -> CasOutcome {
+    failpoint!(cas_before(record.reason) => return CasOutcome::Failed("a failpoint says so".into()));
+    let outcome = arbiter.compare_and_swap(expected, record);
+    failpoint!(cas_after(record.reason) => return CasOutcome::Unknown("a failpoint says so".into()));
+    outcome
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::arbiter::FileArbiter;
     use crate::arbiter::contract::sample;
-    use crate::arbiter::{FileArbiter, Revision};
 
     #[test]
     fn answers_carry_the_number_of_their_request() {

@@ -9,6 +9,7 @@ use std::time::Duration;
 use crossbeam::channel::{Receiver, Sender, never, select};
 use failover::decide::{Action, FenceReason, GuestEnd, LinkLoss};
 use failover::exit::ExitCode;
+use failover::failpoint;
 use replication_proto::{Epoch, Pulse};
 use vmm::MachineEvent;
 
@@ -262,7 +263,10 @@ impl Owner {
                 log::info!("the base of epoch {epoch} is on its way");
                 Flow::GoOn
             }
-            RunnerEvent::FinalSent(epoch) => self.tell_course(Event::FinalSent(epoch)),
+            RunnerEvent::FinalSent(epoch) => {
+                failpoint!(SwitchoverFinal);
+                self.tell_course(Event::FinalSent(epoch))
+            }
             RunnerEvent::ProtectionFailed(error) => {
                 self.host.note_link(&format!("protection ended: {error}"));
                 self.tell_course(Event::ProtectionFailed)
@@ -315,6 +319,7 @@ impl Owner {
                 if let Err(error) = self.runner.freeze() {
                     log::error!("the guest could not be stopped: {error}");
                 }
+                failpoint!(FenceFrozen);
             }
             Order::Goodbye(session, reason) => {
                 if let Some(connections) = self.connections.as_ref().filter(|c| c.session == session) {
@@ -328,9 +333,20 @@ impl Owner {
     fn act(&mut self, action: Action) -> Flow {
         let Some(action) = self.host.carry_out(action, self.course.committed()) else { return Flow::GoOn };
         match action {
-            Action::HoldOutput => self.host.gate.hold(),
-            Action::OpenOutput => self.host.gate.open(),
-            Action::TrustAcks { backup: _ } => self.host.gate.release_on_commit(),
+            Action::HoldOutput => {
+                failpoint!(GateHold);
+                self.host.gate.hold();
+            }
+            Action::OpenOutput => {
+                failpoint!(GateOpen);
+                self.host.gate.open();
+                failpoint!(GateOpened);
+            }
+            Action::TrustAcks { backup: _ } => {
+                failpoint!(GateTrust);
+                self.host.gate.release_on_commit();
+                failpoint!(GateTrusted);
+            }
             Action::PauseGuest => {
                 if let Err(error) = self.runner.pause() {
                     log::error!("the guest could not be stopped: {error}");
@@ -347,7 +363,10 @@ impl Owner {
                     return self.on_runner(RunnerEvent::MachineFailed(error.to_string()));
                 }
             }
-            Action::BeginSwitchover => self.runner.final_checkpoint(),
+            Action::BeginSwitchover => {
+                failpoint!(SwitchoverBegin);
+                self.runner.final_checkpoint();
+            }
             Action::Exit(code) => return Flow::Exit(code),
             other => log::error!("an action that is not for a side that runs the guest: {other:?}"),
         }
@@ -356,6 +375,7 @@ impl Owner {
 
     fn silence(&self, reason: FenceReason) {
         log::warn!("fenced: {reason:?}; the guest is paused and its memory kept");
+        failpoint!(FenceBegin);
         self.host.gate.silence();
     }
 
@@ -403,6 +423,7 @@ impl Owner {
             connections.link.close();
             connections.pulse.close();
         }
+        failpoint!(Exit);
         self.runner.shut_down();
         code
     }

@@ -1,0 +1,8 @@
+//! `ft-backup` with its failpoints; see `failover::failpoint`.
+
+#[path = "../main.rs"]
+mod program;
+
+fn main() -> std::process::ExitCode {
+    program::main()
+}
