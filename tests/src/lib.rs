@@ -2,4 +2,5 @@
 
 pub mod bench;
 pub mod machine;
+pub mod points;
 pub mod real;

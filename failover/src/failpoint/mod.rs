@@ -182,7 +182,7 @@ points! {
     GateTrust "gate.trust" [(Owner Base)] never usual "the record names the backup; commits do not release yet";
     GateTrusted "gate.trusted" [(Owner Base)] never usual "commits release";
     GateOpen "gate.open" [(Owner Solo), (Standby Takeover)] never key "this side runs alone; held outputs are not out yet";
-    GateOpened "gate.opened" [(Owner Solo), (Standby Takeover)] never usual "held outputs are out";
+    GateOpened "gate.opened" [(Owner Solo)] never usual "held outputs are out";
     FenceBegin "fence.begin" [(Owner Fence)] never usual "this side lost the right to run, its gate is not silent yet";
     FenceFrozen "fence.frozen" [(Owner Fence)] never usual "the guest is frozen";
     SwitchoverBegin "switchover.begin" [(Owner Switchover)] never usual "before the last checkpoint of a switchover is ordered";

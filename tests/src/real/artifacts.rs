@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::{fs, io};
 
 use super::{Error, MachineKind, Result, tools};
 
@@ -34,6 +35,41 @@ impl Artifacts {
             }
         };
         Ok(Self { bin, guest })
+    }
+
+    /// The same with the failpoints in `ft-primary` and `ft-backup`. They are built beside the ordinary ones and share all dependencies
+    /// with them; their directory is one further down.
+    pub fn build_failpoints(machine: MachineKind, progress: impl FnMut(&str)) -> Result<Self> {
+        let plain = Self::build(machine, progress)?;
+        let bin = plain.bin.join("failpoints");
+        if std::env::var_os("FT_BIN_DIR").is_some() {
+            return Ok(Self { bin, ..plain });
+        }
+        let target = plain.bin.parent().unwrap_or(&plain.bin);
+        let mut command = cargo();
+        command.args(["build", "--quiet", "-p", "primary", "-p", "backup"]);
+        command.args(["--features", "primary/failpoints,backup/failpoints"]);
+        command.args(["--bin", "ft-primary-failpoints", "--bin", "ft-backup-failpoints"]);
+        if !cfg!(debug_assertions) {
+            command.arg("--release");
+        }
+        command.arg("--target-dir").arg(target);
+        run(command)?;
+        fs::create_dir_all(&bin).map_err(Error::io(format!("cannot make {}", bin.display())))?;
+        let names =
+            [("ft-primary-failpoints", "ft-primary"), ("ft-backup-failpoints", "ft-backup"), ("ftctl", "ftctl")];
+        for (from, to) in names {
+            let to = bin.join(to);
+            match fs::remove_file(&to) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                    return Err(Error::io(format!("cannot replace {}", to.display()))(e));
+                }
+                _ => {}
+            }
+            // Hard links: a program finds its sibling beside the name that it was started under.
+            fs::hard_link(plain.bin.join(from), &to).map_err(Error::io(format!("cannot make {}", to.display())))?;
+        }
+        Ok(Self { bin, ..plain })
     }
 
     /// Path of one of the programs.

@@ -22,13 +22,15 @@ pub struct WriterConfig {
     pub seed: u64,
     /// Writes that may wait for their answer at once, each sent as a segment of its own.
     pub window: usize,
+    /// Pause between an answer and the next write: how hard the client works.
+    pub pace: Duration,
     /// How long the guest may be silent before the connection counts as lost.
     pub patience: Duration,
 }
 
 impl Default for WriterConfig {
     fn default() -> Self {
-        Self { seed: 1, window: 4, patience: Duration::from_secs(20) }
+        Self { seed: 1, window: 4, pace: Duration::ZERO, patience: Duration::from_secs(20) }
     }
 }
 
@@ -218,6 +220,9 @@ fn write_until_stopped(
         acks.push(Ack { n, sent_us, at_us });
         shared.last_reply_us.store(at_us, Ordering::Release);
         shared.acked.fetch_add(1, Ordering::AcqRel);
+        if !config.pace.is_zero() {
+            thread::sleep(config.pace);
+        }
     }
 }
 

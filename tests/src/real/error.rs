@@ -59,6 +59,14 @@ pub enum Error {
         /// The end of its log.
         tail: String,
     },
+    /// Something else happened than what was to be judged: this host is too busy for the timers of the pair.
+    #[error("{what}: {detail}")]
+    Busy {
+        /// What happened.
+        what: String,
+        /// In which circumstances.
+        detail: String,
+    },
     /// A peer, file or tool said something that cannot be read.
     #[error("{what}: {detail}")]
     Answer {
@@ -74,6 +82,12 @@ impl Error {
     pub fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
         let what = what.into();
         move |source| Self::Io { what, source }
+    }
+
+    /// Adds to the message of an error what was there at the time.
+    #[must_use]
+    pub fn with_detail(self, more: &str) -> Self {
+        Self::Answer { what: self.to_string(), detail: more.to_owned() }
     }
 
     /// An answer that cannot be used.

@@ -31,6 +31,12 @@ pub struct Event {
     /// Of `peer_quiet`: when the peer was last heard, same clock.
     #[serde(default)]
     pub last_heard_us: Option<u64>,
+    /// Of `started`: which life of the process.
+    #[serde(default)]
+    pub incarnation: Option<String>,
+    /// Of `granted`: the right to do what.
+    #[serde(default)]
+    pub right: Option<String>,
     /// Of `activated`: how long activation took, in microseconds.
     #[serde(default)]
     pub activate_us: Option<u64>,

@@ -1,5 +1,6 @@
 //! Two hosts, their processes, and everything that a test or the demo does to them.
 
+use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -73,6 +74,7 @@ pub struct Pair {
     artifacts: Artifacts,
     dir: TempDir,
     config: PathBuf,
+    env: Vec<(String, OsString)>,
 }
 
 impl Pair {
@@ -91,7 +93,7 @@ impl Pair {
         let config = dir.path().join("pair.toml");
         let text = config_text(dir.path(), artifacts.guest.as_deref(), options);
         fs::write(&config, text).map_err(Error::io(format!("cannot write {}", config.display())))?;
-        Ok(Self { a: None, b: None, network, artifacts, dir, config })
+        Ok(Self { a: None, b: None, network, artifacts, dir, config, env: Vec::new() })
     }
 
     /// Starts the backup on B and the primary on A, and waits until the guest answers and is protected.
@@ -140,6 +142,12 @@ impl Pair {
         &self.artifacts
     }
 
+    /// Sets a variable in the environment of every process that is started from now on; `None`: no longer.
+    pub fn set_env(&mut self, name: &str, value: Option<OsString>) {
+        self.env.retain(|(set, _)| set != name);
+        self.env.extend(value.map(|value| (name.to_owned(), value)));
+    }
+
     /// Starts `ft-primary` on a host, in place of what ran there.
     pub fn start_primary(&mut self, node: Node, flags: &[&str]) -> Result<()> {
         self.start_daemon(node, "ft-primary", flags)
@@ -161,6 +169,7 @@ impl Pair {
         let mut command = Command::new(self.artifacts.program(program));
         command.arg("--config").arg(config).args(["--node", node.as_str()]).args(flags);
         command.env("RUST_LOG", std::env::var("RUST_LOG").unwrap_or_else(|_| "info".into()));
+        command.envs(self.env.iter().map(|(name, value)| (name, value)));
         let daemon = Daemon::start(node, self.network.host(node), command, &self.log(node))?;
         *self.slot(node) = Some(daemon);
         Ok(())

@@ -88,6 +88,19 @@ static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 /// # Panics
 /// When the test fails, or what it needs is not there.
 pub fn play(machine: MachineKind, name: &str, test: impl FnOnce(&mut Scene) -> Result<()>) {
+    play_with(machine, name, || Artifacts::build(machine, |_| {}), test);
+}
+
+/// The same with programs built in a way of their own.
+///
+/// # Panics
+/// As [`play`].
+pub fn play_with(
+    machine: MachineKind,
+    name: &str,
+    build: impl FnOnce() -> Result<Artifacts>,
+    test: impl FnOnce(&mut Scene) -> Result<()>,
+) {
     if machine == MachineKind::Kvm && !kvm_wanted() {
         return;
     }
@@ -106,7 +119,7 @@ pub fn play(machine: MachineKind, name: &str, test: impl FnOnce(&mut Scene) -> R
             std::process::abort();
         }
     });
-    let artifacts = Artifacts::build(machine, |_| {}).unwrap_or_else(|e| panic!("{e}"));
+    let artifacts = build().unwrap_or_else(|e| panic!("{e}"));
     let mut scene = Scene { machine, artifacts, pair: None };
     if let Err(e) = test(&mut scene) {
         // Unwinding drops the pair, which then shows and keeps its logs.
