@@ -4,6 +4,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
+use failover::arbiter::Record;
 use failover::failpoint::{Moment, Side};
 use rustix::process::Signal;
 
@@ -31,8 +32,7 @@ pub fn play(ground: &mut Ground, case: Case) -> Result<Row> {
     let writer = start_writer(ground, began_us)?;
     let mut stage = Stage { ground, case, began_us, stopped: None, ordered: None, writer: Some(writer) };
     let fired_us = stage.fire()?;
-    stage.after_fire(fired_us)?;
-    let record = stage.ground.record()?;
+    let record = stage.after_fire()?;
     let Stage { ground, ordered, writer, .. } = stage;
     let operator = Operator::new(ground, writer.as_ref().filter(|writer| writer.is_writing()));
     let owner = operator.make_whole(case)?;
@@ -174,8 +174,8 @@ impl Stage<'_> {
         Ok(())
     }
 
-    /// Waits until the fault itself is over, and lets what was stopped go on when its part is played.
-    fn after_fire(&mut self, fired_us: u64) -> Result<()> {
+    /// Waits until the fault itself is over, and lets what was stopped go on when its part is played. Returns what the arbiter holds in between.
+    fn after_fire(&mut self) -> Result<Option<Record>> {
         let target = self.target();
         match self.case.action {
             Action::Crash => self.ground.assert_killed(target)?,
@@ -186,19 +186,21 @@ impl Stage<'_> {
             }
             Action::Fail => {}
         }
+        let record = self.ground.record()?;
         if self.stopped.is_some() && self.case.action != Action::Crash {
-            self.part_played(target, fired_us)?;
+            self.part_played(target)?;
         }
         self.go_on()?;
         thread::sleep(SETTLE);
-        Ok(())
+        Ok(record)
     }
 
     /// Waits until the side that did not crash has done what its moment is named for, or has ended.
-    fn part_played(&mut self, target: Node, fired_us: u64) -> Result<()> {
+    fn part_played(&mut self, target: Node) -> Result<()> {
+        let since_us = self.began_us;
         let takeover = self.case.moment == Moment::Takeover;
         self.ground.wait(&format!("the rest of a {:?} on {target}", self.case.moment), |ground| {
-            let events = ground.pair.events(target, fired_us)?;
+            let events = ground.pair.events(target, since_us)?;
             let done = events.iter().any(|e| if takeover { e.event == "activated" } else { e.enters("solo") });
             let already = !takeover && ground.state(target)?.as_deref() == Some("solo");
             Ok(done || already || ground.pair.daemon(target).ended()?.is_some())

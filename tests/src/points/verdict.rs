@@ -18,6 +18,9 @@ const SLACK_US: u64 = 200_000;
 /// How long both sides may take to say of themselves what they are.
 const SAYS_SO: Duration = Duration::from_secs(5);
 
+/// How long a client may look for a guest that was booted anew.
+const FOUND: Duration = Duration::from_secs(5);
+
 /// A case, and what is known of its course.
 pub struct Fault {
     /// The case.
@@ -47,7 +50,11 @@ struct Right {
 pub fn judge(ground: &mut Ground, fault: &Fault, writer: Option<Writer>, watch: Watch) -> Result<Row> {
     let outcome = outcome(ground, fault)?;
     let (gap_us, writes) = match (outcome, writer) {
-        (Outcome::Lost | Outcome::Off | Outcome::Booted, _) | (_, None) => (None, 0),
+        (Outcome::Lost | Outcome::Off | Outcome::Booted, _) | (_, None) => {
+            // Wherever it was before, a client finds it.
+            ground.pair.wait_guest(FOUND)?;
+            (None, 0)
+        }
         (_, Some(writer)) => client(ground, fault, writer)?,
     };
     tells_the_truth(ground, fault.after)?;
@@ -94,14 +101,21 @@ fn expected(fault: &Fault) -> Vec<Outcome> {
         .and_then(|r| r.in_sync.as_ref())
         .is_some_and(|s| s.node.as_str() == name(fault.before.peer()));
     let crash = action == Action::Crash;
+    let machine_fails = action == Action::Fail && matches!(point, Point::EpochStop | Point::EpochStaged);
     match (moment, side) {
         (Moment::Epochs, Side::Owner) if crash => vec![Takeover],
-        // The guest cannot be resumed: it ended, and a copy of it would end, too.
-        (Moment::Epochs, Side::Owner) if point == Point::EpochStaged && action == Action::Fail => vec![Lost],
+        // The machine can be neither stopped nor resumed here: a copy of it can.
+        (Moment::Epochs, Side::Owner) if machine_fails => vec![Takeover],
         (Moment::Epochs, Side::Owner) => vec![Unnoticed, Solo, Takeover],
         (Moment::Epochs, Side::Standby) if crash => vec![Solo],
+        // A standby that closes its connections looks dead, and the owner looks dead to it: whoever asks the arbiter first goes on.
+        (Moment::Epochs, Side::Standby) if action == Action::Fail => vec![Unnoticed, Solo, Takeover],
         (Moment::Epochs, Side::Standby) => vec![Unnoticed, Solo],
-        (Moment::Base | Moment::Solo, Side::Owner) if crash => vec![if names_other { Takeover } else { Lost }],
+        // By the time the record is looked at, a backup that it named may have used its right.
+        (Moment::Base | Moment::Solo, Side::Owner) if crash => {
+            vec![if names_other || owned_by_other { Takeover } else { Lost }]
+        }
+        (Moment::Base, Side::Owner) if action == Action::Stop => vec![Unnoticed, Solo, Takeover],
         (Moment::Base, _) => vec![Unnoticed, Solo],
         (Moment::Solo, _) => vec![Solo],
         // The winner of the record died: nobody but the fenced side has the guest. Or the record was not written yet.
@@ -189,11 +203,14 @@ fn one_speaker(rights: &[Right], seen: &[Seen]) -> Result<usize> {
     let holds = |node: Node, at_us: u64| {
         rights.iter().rev().find(|right| right.node == node && right.at_us <= at_us).and_then(|right| right.generation)
     };
+    let granted = |node: Node, from_us: u64, until_us: u64| {
+        let within = |right: &&Right| right.node == node && (from_us..=until_us).contains(&right.at_us);
+        rights.iter().filter(within).filter_map(|right| right.generation).max()
+    };
     let mut late = 0;
     for frame in seen {
-        let now = holds(frame.from, frame.at_us + SLACK_US);
-        let just_before = holds(frame.from, frame.at_us.saturating_sub(SLACK_US));
-        let Some(generation) = now.or(just_before) else {
+        let since = frame.at_us.saturating_sub(SLACK_US);
+        let Some(generation) = granted(frame.from, since, frame.at_us + SLACK_US).or(holds(frame.from, since)) else {
             return Err(Error::answer(
                 "the guest LAN",
                 format!("{} spoke at {} us without the right to run: {rights:?}", frame.from, frame.at_us),
@@ -219,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn a_speaker_without_the_right_is_found_and_a_late_one_counted() {
+    fn a_speaker_without_the_right_is_found_and_a_late_one_is_counted() {
         let rights = [
             right(0, Node::A, None),
             right(1, Node::A, Some(1)),
