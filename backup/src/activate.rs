@@ -12,7 +12,6 @@ use replication_proto::Epoch;
 use vmm::machine::{RestoreError, RunError};
 use vmm::{ClockPolicy, Machine, Section};
 
-use crate::announce::announce;
 use crate::commit::Holding;
 use crate::inbound::Inbound;
 use crate::link::LinkThread;
@@ -88,9 +87,8 @@ pub fn activate(
     let held = restore(&mut *machine, holding, applied)?;
     failpoint!(TakeoverRestored => return Err(failpoint::injected().into()));
     // 4. The LAN learns where the guest is now. What the guest itself says waits for the word of the decision core.
-    host.gate.hold();
     host.gate.adopt_speakers(held.speakers.clone());
-    announce(&host.gate, &host.macs(), &held.speakers)?;
+    host.announce_guest()?;
     failpoint!(TakeoverAnnounced => return Err(failpoint::injected().into()));
     // 5. What the guest said in its last committed epoch may have died with the primary: say it again.
     held.frames.iter().for_each(|(nic, frame)| host.gate.send_for_guest(*nic, frame));

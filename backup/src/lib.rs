@@ -7,13 +7,11 @@
 //! * [`intake`]: ties these to the data connection's bytes; pure
 //! * [`standby`]: the machine that never ran, and the thread that applies committed checkpoints
 //! * [`activate`]: **the other story**: the standby becomes the machine that runs
-//! * [`announce`]: the LAN learns where the guest is
 //! * [`silent`]: taps that listen and say nothing
 //! * [`link`]: the listening sockets, and their thread
 //! * [`wait`]: [`wait::course`] ties what happens to the decision core, purely; the event loop around it carries its orders out
 
 pub mod activate;
-pub mod announce;
 pub mod commit;
 pub mod inbound;
 pub mod inbox;

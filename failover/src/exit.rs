@@ -44,6 +44,8 @@ pub enum ExitCode {
     StopNotRecorded = 25,
     /// The record names this node as the owner, nothing of the guest is left, and `cold_start = "never"`.
     ColdStartRefused = 26,
+    /// This host could not stop, resume or run the machine any longer; a backup in sync takes over.
+    MachineFailed = 27,
     /// Wrong use of the command line.
     Usage = 64,
     /// Not permitted.
@@ -54,7 +56,7 @@ pub enum ExitCode {
 
 impl ExitCode {
     /// All codes, in the order of their numbers.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 23] = [
         Self::Ok,
         Self::Failure,
         Self::NoKvm,
@@ -74,6 +76,7 @@ impl ExitCode {
         Self::HandedOver,
         Self::StopNotRecorded,
         Self::ColdStartRefused,
+        Self::MachineFailed,
         Self::Usage,
         Self::Permission,
         Self::Config,
@@ -101,6 +104,7 @@ impl ExitCode {
             Self::HandedOver => 24,
             Self::StopNotRecorded => 25,
             Self::ColdStartRefused => 26,
+            Self::MachineFailed => 27,
             Self::Usage => 64,
             Self::Permission => 77,
             Self::Config => 78,
@@ -129,6 +133,7 @@ impl ExitCode {
             Self::HandedOver => "handed-over",
             Self::StopNotRecorded => "stop-not-recorded",
             Self::ColdStartRefused => "cold-start-refused",
+            Self::MachineFailed => "machine-failed",
             Self::Usage => "usage",
             Self::Permission => "permission",
             Self::Config => "config",

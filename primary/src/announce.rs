@@ -4,8 +4,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use primary::output::Gate;
-use primary::output::speakers::Speaker;
+use crate::output::Gate;
+use crate::output::speakers::Speaker;
 
 /// When the announcement is made, counted from the activation.
 const SCHEDULE_MS: [u64; 8] = [0, 50, 150, 300, 600, 1_000, 2_000, 4_000];

@@ -14,6 +14,7 @@ use failover::exit::ExitCode;
 use failover::generation::StateDir;
 use replication_proto::{Epoch, Facts, Identity, NodeName, RamLayout, Refuse, SenderConfig};
 
+use crate::announce::announce;
 use crate::clock::Clock;
 use crate::decider::{Decider, voice};
 use crate::desk::{Desk, Scene};
@@ -110,6 +111,16 @@ impl Host {
     /// The guest's MAC addresses, by network device.
     pub fn macs(&self) -> Vec<[u8; 6]> {
         vec![self.config.vm.mac().0]
+    }
+
+    /// The guest is about to run here, wherever it ran before: what it says is kept until the decision core says what becomes of it, and the LAN
+    /// learns its place. A guest that waits to be spoken to would otherwise never be found by a switch that remembers the other port.
+    ///
+    /// # Errors
+    /// No thread could be started to repeat the announcement.
+    pub fn announce_guest(&self) -> std::io::Result<()> {
+        self.gate.hold();
+        announce(&self.gate, &self.macs(), &self.gate.speakers())
     }
 
     /// Who this process is, under the highest generation that it knows.

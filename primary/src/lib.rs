@@ -6,6 +6,7 @@
 //! * [`link`]: its socket and thread
 //! * [`staging`]: buffers that own a checkpoint once the guest runs on
 //! * [`output`]: the gate that holds what the guest says until its epoch is committed
+//! * [`announce`]: the LAN learns where the guest is
 //! * [`mirror`]: inbound frames, told to the backup as they arrive
 //! * [`bulk`]: the base, copied while the guest runs
 //! * [`pacer`]: when an epoch ends
@@ -16,6 +17,7 @@
 //! * [`host`]: what both sides' processes have in common: configuration, arbiter, control socket, health, status, events
 
 pub mod alone;
+pub mod announce;
 pub mod attention;
 pub mod bulk;
 pub mod clock;

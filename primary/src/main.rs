@@ -71,6 +71,7 @@ fn run(args: &Args) -> anyhow::Result<failover::exit::ExitCode> {
     let (tell, events) = unbounded();
     let guest = built.machine.events();
     let runner = start_runner(&host, built.machine, &tell)?;
+    host.announce_guest().context("the guest could not be announced")?;
     runner.run(permit).context("the guest did not start")?;
     Ok(Owner::new(host, runner, guest, Epoch(0), (tell, events)).run(pending))
 }

@@ -290,12 +290,13 @@ impl RunnerThread {
     }
 
     fn failed(&mut self, link: &Link, error: CheckpointError) -> Next {
-        link.close();
+        // The news first: what it means is not to be judged from a link that closed.
         (self.tell)(match error {
             CheckpointError::Resume(e) => RunnerEvent::MachineFailed(e.to_string()),
             CheckpointError::Pause(e) => RunnerEvent::MachineFailed(e.to_string()),
             other => RunnerEvent::ProtectionFailed(other),
         });
+        link.close();
         Next::Idle
     }
 

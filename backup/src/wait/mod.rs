@@ -324,6 +324,7 @@ impl Waiter {
                 told.send(OwnerEvent::Runner(event)).ok();
             });
         let ran = runner.map_err(anyhow::Error::from).and_then(|runner| {
+            host.announce_guest()?;
             runner.run(permit)?;
             Ok(runner)
         });

@@ -92,6 +92,11 @@ impl Gate {
         self.lock().queue.counters()
     }
 
+    /// The addresses that the guest is known to speak from.
+    pub fn speakers(&self) -> Vec<Speaker> {
+        self.lock().speakers.all()
+    }
+
     /// Takes over what the other side knew of the guest's addresses.
     pub fn adopt_speakers(&self, speakers: Vec<Speaker>) {
         self.lock().speakers = Speakers::from_seen(speakers);

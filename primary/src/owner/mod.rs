@@ -272,8 +272,10 @@ impl Owner {
                 self.tell_course(Event::ProtectionFailed)
             }
             RunnerEvent::MachineFailed(why) => {
+                // It is this host that failed, not the guest: a backup in sync runs on. So nothing is recorded, and this process ends as in a crash.
                 log::error!("the machine failed: {why}");
-                self.tell_course(Event::GuestEnded(GuestEnd::Crashed))
+                self.host.events.write(&events::Event::GuestEnded { how: &format!("machine failed: {why}") });
+                Flow::Exit(ExitCode::MachineFailed)
             }
         }
     }
@@ -359,6 +361,9 @@ impl Owner {
             }
             Action::Fence { reason } => self.silence(reason),
             Action::ResumeFenced(permit) => {
+                if let Err(error) = self.host.announce_guest() {
+                    log::warn!("the guest is announced only once: {error}");
+                }
                 if let Err(error) = self.runner.run(permit) {
                     return self.on_runner(RunnerEvent::MachineFailed(error.to_string()));
                 }
