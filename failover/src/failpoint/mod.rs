@@ -252,7 +252,36 @@ mod tests {
             assert!(Point::ALL[at + 1..].iter().all(|other| other.name() != point.name()), "{point:?}");
             assert_eq!(Point::named(point.name()), Some(*point));
         }
-        assert!(Point::ALL.len() >= 30);
+        assert!(Point::ALL.len() >= 60);
         assert!(Point::ALL.iter().filter(|point| point.is_key()).count() >= 10);
+    }
+
+    /// The row of a point in docs/testing.md.
+    fn row(point: Point) -> String {
+        let mut moments: Vec<String> = vec![];
+        for side in [Side::Owner, Side::Standby] {
+            let of: Vec<String> = point
+                .passed_by()
+                .iter()
+                .filter(|(by, _)| *by == side)
+                .map(|(_, moment)| format!("{moment:?}").to_lowercase())
+                .collect();
+            if !of.is_empty() {
+                moments.push(format!("{}: {}", format!("{side:?}").to_lowercase(), of.join(", ")));
+            }
+        }
+        let error = if point.can_fail() { ", error" } else { "" };
+        let stop = if point.is_key() { ", stop" } else { "" };
+        format!("| `{}` | {} | crash, pause{stop}{error} | {} |", point.name(), moments.join("; "), point.what())
+    }
+
+    #[test]
+    fn the_table_in_the_documentation_is_this_list() {
+        let page = include_str!("../../../docs/testing.md");
+        let rows: Vec<String> = Point::ALL.iter().map(|point| row(*point)).collect();
+        let missing = rows.iter().any(|row| !page.contains(row.as_str()));
+        assert!(!missing, "docs/testing.md lacks rows of this table:\n{}", rows.join("\n"));
+        let shown = page.lines().filter(|line| line.contains("| crash, pause")).count();
+        assert_eq!(shown, rows.len(), "docs/testing.md shows points that are gone");
     }
 }
