@@ -1,6 +1,8 @@
 //! What the tests of the pair share.
 
 pub mod bench;
+pub mod check;
 pub mod machine;
 pub mod points;
 pub mod real;
+pub mod world;

@@ -263,6 +263,9 @@ impl Course {
     }
 
     fn lost(&mut self, session: Session, loss: LinkLoss, decider: &mut Decider, now: Duration, out: &mut Vec<Order>) {
+        if mutant::is(Mutant::GateOpensOnLinkLoss) && self.is_current(session) {
+            out.push(Order::Do(Action::OpenOutput));
+        }
         for step in self.protect.lost(session, loss, now) {
             self.take(Some(step), decider, now, out);
         }

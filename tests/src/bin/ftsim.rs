@@ -1,0 +1,181 @@
+//! `cargo sim`: many simulated worlds, each from its seed, on all cores.
+
+use std::process::ExitCode;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use clap::Parser;
+use serde::Serialize;
+use tests::check::Seen;
+use tests::world::{Outcome, Plan, World};
+
+/// Simulates the pair: real protocol and decision cores, virtual time, network, arbiter and guest, and everything that can go wrong.
+#[derive(Parser, Debug)]
+#[command(name = "cargo sim", version)]
+struct Args {
+    /// How many worlds.
+    #[arg(long, default_value_t = 1_000)]
+    seeds: u64,
+    /// The first seed.
+    #[arg(long, default_value_t = 0)]
+    first_seed: u64,
+    /// Worlds at one time; as many as there are cores unless told.
+    #[arg(long)]
+    threads: Option<usize>,
+    /// Tells what happens in each world, line by line.
+    #[arg(long)]
+    trace: bool,
+    /// Writes the figures to this file.
+    #[arg(long, value_name = "FILE")]
+    json: Option<std::path::PathBuf>,
+}
+
+/// What a series showed.
+#[derive(Debug, Serialize)]
+struct Report {
+    schema: &'static str,
+    first_seed: u64,
+    worlds: u64,
+    world_seconds: f64,
+    wall_seconds: f64,
+    cpu_threads: usize,
+    epochs: u64,
+    epochs_per_second_and_thread: f64,
+    commits: u64,
+    bases: u64,
+    frames_released: u64,
+    answers: u64,
+    takeovers: u64,
+    boots: u64,
+    fenced: u64,
+    solo_for_loss: u64,
+    protections: u64,
+    refused_connections: u64,
+    violations: Vec<String>,
+}
+
+#[derive(Default)]
+struct Sum {
+    seen: Seen,
+    lasted: Duration,
+    violations: Vec<(u64, String)>,
+}
+
+fn main() -> anyhow::Result<ExitCode> {
+    let args = Args::parse();
+    let threads = args.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
+    let threads = if args.trace { 1 } else { threads.max(1) };
+    let began = Instant::now();
+    let (next, sum, stop) = (AtomicU64::new(0), Mutex::new(Sum::default()), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| worlds(&args, &next, &sum, &stop));
+        }
+        scope.spawn(|| progress(&args, &next, &stop, began));
+    });
+    let mut sum = sum.into_inner().context("a world's thread panicked")?;
+    sum.violations.sort();
+    let report = report(&args, &sum, threads, began.elapsed());
+    print(&report, &args);
+    if let Some(path) = &args.json {
+        std::fs::write(path, serde_json::to_vec_pretty(&report)?).with_context(|| path.display().to_string())?;
+    }
+    Ok(if report.violations.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn worlds(args: &Args, next: &AtomicU64, sum: &Mutex<Sum>, stop: &AtomicBool) {
+    loop {
+        let number = next.fetch_add(1, Ordering::Relaxed);
+        if number >= args.seeds {
+            stop.store(true, Ordering::Relaxed);
+            return;
+        }
+        let seed = args.first_seed + number;
+        let Outcome { violation, seen, trace: _, notes, lasted } = World::live(Plan::draw(seed), args.trace);
+        notes.iter().for_each(|line| println!("{line}"));
+        let mut sum = sum.lock().expect("no world panics");
+        sum.seen.add(&seen);
+        sum.lasted += lasted;
+        if let Some(violation) = violation {
+            let text = format!("seed {seed}: {}: {}", violation.guarantee, violation.what);
+            eprintln!("VIOLATION {text}\n  replay: cargo sim -- --seeds 1 --first-seed {seed} --trace");
+            sum.violations.push((seed, text));
+        }
+    }
+}
+
+fn progress(args: &Args, next: &AtomicU64, stop: &AtomicBool, began: Instant) {
+    use std::io::IsTerminal;
+    let bar = std::io::stderr().is_terminal().then(|| indicatif::ProgressBar::new(args.seeds));
+    let mut told = Instant::now();
+    while !stop.load(Ordering::Relaxed) {
+        std::thread::park_timeout(Duration::from_millis(200));
+        let done = next.load(Ordering::Relaxed).min(args.seeds);
+        match &bar {
+            Some(bar) => bar.set_position(done),
+            None if told.elapsed() >= Duration::from_secs(30) => {
+                told = Instant::now();
+                eprintln!("{done} of {} worlds after {:.0} s", args.seeds, began.elapsed().as_secs_f64());
+            }
+            None => {}
+        }
+    }
+    if let Some(bar) = bar {
+        bar.finish_and_clear();
+    }
+}
+
+fn report(args: &Args, sum: &Sum, threads: usize, wall: Duration) -> Report {
+    let Seen { epochs, commits, bases, released, answers, takeovers, boots, fenced, solos, protections, refusals } =
+        sum.seen;
+    #[expect(clippy::cast_precision_loss, reason = "a rate for people")]
+    let rate = epochs as f64 / wall.as_secs_f64() / threads as f64;
+    Report {
+        schema: "ft.sim/1",
+        first_seed: args.first_seed,
+        worlds: args.seeds,
+        world_seconds: sum.lasted.as_secs_f64(),
+        wall_seconds: wall.as_secs_f64(),
+        cpu_threads: threads,
+        epochs,
+        epochs_per_second_and_thread: rate,
+        commits,
+        bases,
+        frames_released: released,
+        answers,
+        takeovers,
+        boots,
+        fenced,
+        solo_for_loss: solos,
+        protections,
+        refused_connections: refusals,
+        violations: sum.violations.iter().map(|(_, text)| text.clone()).collect(),
+    }
+}
+
+fn print(report: &Report, args: &Args) {
+    println!(
+        "{} worlds from seed {}, {:.0} s of their time in {:.1} s on {} threads",
+        report.worlds, args.first_seed, report.world_seconds, report.wall_seconds, report.cpu_threads
+    );
+    let lines = [
+        ("epochs", report.epochs),
+        ("commits", report.commits),
+        ("bases committed", report.bases),
+        ("frames let out", report.frames_released),
+        ("answers to clients", report.answers),
+        ("takeovers", report.takeovers),
+        ("boots", report.boots),
+        ("sides fenced", report.fenced),
+        ("solo after a loss", report.solo_for_loss),
+        ("protections", report.protections),
+        ("connections refused", report.refused_connections),
+    ];
+    for (name, count) in lines {
+        println!("  {name:<20} {count:>12}");
+    }
+    println!("  {:<20} {:>12.0}", "epochs/s and thread", report.epochs_per_second_and_thread);
+    println!("{} violations", report.violations.len());
+}

@@ -1,0 +1,294 @@
+//! What goes wrong in a simulated world, drawn from its seed: which kinds at all, how often, and when.
+
+use bytes::Bytes;
+use failover::decide::{Command, GuestEnd};
+
+use super::Nanos;
+use super::register::Fate;
+use crate::real::rng::Rng;
+
+const MS: Nanos = 1_000_000;
+
+/// How a node reaches the arbiter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Way {
+    /// It does.
+    #[default]
+    Open,
+    /// It is told that nobody is there.
+    Refused,
+    /// It is told nothing, and nothing is done.
+    Lost,
+    /// Some answers are lost, some requests done much later.
+    Lossy,
+}
+
+/// How bad things are now.
+#[derive(Clone, Debug)]
+pub struct Conditions {
+    /// One packet in so many takes much longer; 0: none.
+    pub slow_packet: u64,
+    /// One stretch of the stream in so many is cut in two; 0: none.
+    pub split_packet: u64,
+    /// Packets of the backup are kept for a replay.
+    pub keep_old_packets: bool,
+    /// The last one kept.
+    pub old_packet: Option<Bytes>,
+    /// What every request to the arbiter takes longer.
+    pub arbiter_slow: Nanos,
+    /// How each node reaches the arbiter.
+    pub way: [Way; 2],
+    /// Hosts whose guest LAN is unplugged.
+    pub lan_cut: [bool; 2],
+    /// Hosts that have power.
+    pub host_up: [bool; 2],
+    /// Hosts whose disk takes nothing.
+    pub disk_full: [bool; 2],
+    /// The guest writes as much as it can.
+    pub storm: bool,
+    /// The applier is slow.
+    pub slow_applier: bool,
+    /// About how often the guest does something by itself.
+    pub guest_interval: Nanos,
+}
+
+impl Default for Conditions {
+    fn default() -> Self {
+        Self {
+            slow_packet: 0,
+            split_packet: 0,
+            keep_old_packets: false,
+            old_packet: None,
+            arbiter_slow: 0,
+            way: [Way::Open; 2],
+            lan_cut: [false; 2],
+            host_up: [true; 2],
+            disk_full: [false; 2],
+            storm: false,
+            slow_applier: false,
+            guest_interval: 10 * MS,
+        }
+    }
+}
+
+impl Conditions {
+    /// What becomes of a request of this node's to the arbiter.
+    pub fn fate(&self, node: usize, rng: &mut Rng) -> Fate {
+        match self.way[node] {
+            Way::Open => Fate::Served,
+            Way::Refused => Fate::Refused,
+            Way::Lost => Fate::Lost,
+            Way::Lossy => match rng.range(0, 10) {
+                0..4 => Fate::Served,
+                4..7 => Fate::AnswerLost,
+                7..9 => Fate::Late,
+                _ => Fate::Lost,
+            },
+        }
+    }
+
+    /// Everything is well again; what differs between worlds stays.
+    pub fn heal(&mut self) {
+        *self = Self {
+            split_packet: self.split_packet,
+            guest_interval: self.guest_interval,
+            keep_old_packets: false,
+            ..Self::default()
+        };
+    }
+}
+
+/// Something that goes wrong, or is put right.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// Packets from this node are lost.
+    Cut(usize),
+    /// They arrive again.
+    Mend(usize),
+    /// Packets from this node take so much longer.
+    Slow(usize, Nanos),
+    /// The process is killed.
+    Kill(usize),
+    /// The host loses its power.
+    PowerOff(usize),
+    /// It has power again, and starts its process.
+    PowerOn(usize),
+    /// The process does not run for so long.
+    Pause(usize, Nanos),
+    /// A connection is reset.
+    Reset,
+    /// A piece of the stream is cut short, and its connection ends.
+    Truncate,
+    /// A bit flips on the way.
+    FlipBit,
+    /// Bytes that the backup said earlier arrive again.
+    Replay,
+    /// A node reaches the arbiter like this from now on.
+    Arbiter(usize, Way),
+    /// The arbiter takes so much longer for everybody.
+    ArbiterSlow(Nanos),
+    /// Somebody restores an earlier content of the arbiter.
+    RollBack(usize),
+    /// An operator's command.
+    Command(usize, Command),
+    /// The guest ends by itself.
+    GuestEnds(GuestEnd),
+    /// The guest LAN of a host is unplugged, or plugged in.
+    Lan(usize, bool),
+    /// The disk of a host takes nothing, or everything again.
+    DiskFull(usize, bool),
+    /// The guest writes as much as it can, or does not.
+    Storm(bool),
+    /// The applier is slow, or is not.
+    SlowApplier(bool),
+    /// The process is replaced by one with another machine, or with the right one.
+    Skew(usize, u64),
+}
+
+/// The kinds of faults that a world may have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    /// The link is cut both ways.
+    CutBoth,
+    /// The link is cut one way.
+    CutOneWay,
+    /// The link comes and goes five times a second.
+    Flap,
+    /// The link is slow in one direction.
+    Slow,
+    /// A process is killed and restarted.
+    Kill,
+    /// A host loses its power and gets it back.
+    Power,
+    /// A process is paused.
+    Pause,
+    /// A connection is reset.
+    Reset,
+    /// A connection ends inside a frame.
+    Truncate,
+    /// A bit flips.
+    FlipBit,
+    /// Old bytes come again.
+    Replay,
+    /// One side, or both, cannot reach the arbiter.
+    Arbiter,
+    /// Answers of the arbiter are lost, or late.
+    ArbiterLossy,
+    /// The arbiter is slow.
+    ArbiterSlow,
+    /// The arbiter is restored from a backup.
+    RollBack,
+    /// A planned switchover.
+    Switchover,
+    /// An ordered stop.
+    Stop,
+    /// Protection is switched off and on.
+    Unprotect,
+    /// The guest switches itself off, resets, or crashes.
+    GuestEnds,
+    /// The guest LAN is unplugged.
+    Lan,
+    /// A disk is full.
+    DiskFull,
+    /// The guest writes as much as it can.
+    Storm,
+    /// The applier is slow.
+    SlowApplier,
+    /// A process comes back with another machine.
+    Skew,
+}
+
+impl Kind {
+    /// Every kind.
+    pub const ALL: [Self; 24] = [
+        Self::CutBoth,
+        Self::CutOneWay,
+        Self::Flap,
+        Self::Slow,
+        Self::Kill,
+        Self::Power,
+        Self::Pause,
+        Self::Reset,
+        Self::Truncate,
+        Self::FlipBit,
+        Self::Replay,
+        Self::Arbiter,
+        Self::ArbiterLossy,
+        Self::ArbiterSlow,
+        Self::RollBack,
+        Self::Switchover,
+        Self::Stop,
+        Self::Unprotect,
+        Self::GuestEnds,
+        Self::Lan,
+        Self::DiskFull,
+        Self::Storm,
+        Self::SlowApplier,
+        Self::Skew,
+    ];
+
+    /// The faults of one occurrence, with the time of each after its beginning.
+    pub fn draw(self, rng: &mut Rng) -> Vec<(Nanos, Fault)> {
+        let node = usize::from(rng.range(0, 2) == 1);
+        let long = span(rng, 5 * MS, 8_000 * MS);
+        match self {
+            Self::CutBoth => vec![
+                (0, Fault::Cut(0)),
+                (rng.range(0, 3) * MS, Fault::Cut(1)),
+                (long, Fault::Mend(0)),
+                (long + rng.range(0, 3) * MS, Fault::Mend(1)),
+            ],
+            Self::CutOneWay => vec![(0, Fault::Cut(node)), (long, Fault::Mend(node))],
+            Self::Flap => (0..10u64)
+                .flat_map(|n| [(n * 200 * MS, Fault::Cut(node)), ((n * 200 + 100) * MS, Fault::Mend(node))])
+                .collect(),
+            Self::Slow => vec![(0, Fault::Slow(node, span(rng, MS, 1_000 * MS))), (long, Fault::Slow(node, 0))],
+            Self::Kill => vec![(0, Fault::Kill(node))],
+            Self::Power => vec![(0, Fault::PowerOff(node)), (long + 500 * MS, Fault::PowerOn(node))],
+            Self::Pause => vec![(0, Fault::Pause(node, span(rng, MS, 60_000 * MS)))],
+            Self::Reset => vec![(0, Fault::Reset)],
+            Self::Truncate => vec![(0, Fault::Truncate)],
+            Self::FlipBit => vec![(0, Fault::FlipBit)],
+            Self::Replay => vec![(0, Fault::Replay)],
+            Self::Arbiter => {
+                let way = if rng.range(0, 2) == 0 { Way::Refused } else { Way::Lost };
+                let both = rng.range(0, 3) == 0;
+                let nodes: &[usize] = if both { &[0, 1] } else { &[node] };
+                nodes
+                    .iter()
+                    .flat_map(|n| [(0, Fault::Arbiter(*n, way)), (long, Fault::Arbiter(*n, Way::Open))])
+                    .collect()
+            }
+            Self::ArbiterLossy => {
+                vec![(0, Fault::Arbiter(node, Way::Lossy)), (long, Fault::Arbiter(node, Way::Open))]
+            }
+            Self::ArbiterSlow => {
+                vec![(0, Fault::ArbiterSlow(span(rng, MS, 900 * MS))), (long, Fault::ArbiterSlow(0))]
+            }
+            Self::RollBack => {
+                vec![(0, Fault::RollBack(usize::try_from(rng.range(1, 4)).expect("small")))]
+            }
+            Self::Switchover => vec![(0, Fault::Command(node, Command::Switchover))],
+            Self::Stop => vec![(0, Fault::Command(node, Command::Stop))],
+            Self::Unprotect => {
+                vec![(0, Fault::Command(node, Command::Unprotect)), (long, Fault::Command(node, Command::Protect))]
+            }
+            Self::GuestEnds => {
+                let end = [GuestEnd::PoweredOff, GuestEnd::Reset, GuestEnd::Crashed];
+                vec![(0, Fault::GuestEnds(end[usize::try_from(rng.range(0, 3)).expect("small")]))]
+            }
+            Self::Lan => vec![(0, Fault::Lan(node, true)), (long, Fault::Lan(node, false))],
+            Self::DiskFull => vec![(0, Fault::DiskFull(node, true)), (long, Fault::DiskFull(node, false))],
+            Self::Storm => vec![(0, Fault::Storm(true)), (long / 8, Fault::Storm(false))],
+            Self::SlowApplier => vec![(0, Fault::SlowApplier(true)), (long, Fault::SlowApplier(false))],
+            Self::Skew => vec![(0, Fault::Skew(node, 1)), (long, Fault::Skew(node, 0))],
+        }
+    }
+}
+
+/// A time between the two, short ones as likely as long ones.
+fn span(rng: &mut Rng, low: Nanos, high: Nanos) -> Nanos {
+    let octaves = u64::from((high / low).max(2).ilog2());
+    let base = low << rng.range(0, octaves);
+    (base + rng.range(0, base)).min(high)
+}

@@ -1,0 +1,317 @@
+//! The simulated machine: real guest memory, the real dirty ledger, and a tiny program whose whole history is folded into one number. It
+//! writes memory, answers clients' requests, and says things on the network; it never depends on time except through what it is told.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::Arc;
+
+use crossbeam::channel::{Receiver, never};
+use vm_memory::{Bytes, GuestAddress};
+use vmm::machine::{
+    BootError, CaptureError, DirtyError, MachineEvent, PauseError, RestoreError, RunError, StopTimings,
+};
+use vmm::pause::Stopped;
+use vmm::{ClockPolicy, DirtyLedger, DirtySet, Fact, GuestRam, Machine, Outputs, PAGE_SIZE, Section, SectionKind};
+
+use crate::real::rng::mix;
+
+/// Pages of memory: one word of every bitmap.
+pub const PAGES: u64 = 64;
+/// Clients that the guest knows.
+pub const CLIENTS: usize = 2;
+/// First page that the program scribbles on; those before hold its state and what a capture writes.
+const SCRATCH: u64 = 4;
+/// Where the program's state is.
+const STATE: u64 = 0;
+/// Written by every capture, as steal time is.
+const CAPTURES: u64 = 0x1000;
+const VERSION: u16 = 1;
+
+/// What the guest is, but for its memory: lives in page 0, and a copy of it in the section, as registers would.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Registers {
+    /// Which boot this is.
+    pub boot: u64,
+    /// Steps since the boot.
+    pub step: u64,
+    /// Everything that ever happened to this guest, folded into one number.
+    pub history: u64,
+    /// The last request of each client that was carried out.
+    pub done: [u64; CLIENTS],
+}
+
+/// What the guest says: a frame's content.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Utterance {
+    /// The client that it answers; over the last one: nobody's business.
+    pub client: u64,
+    /// The guest's state when it said it.
+    pub registers: Registers,
+}
+
+const WORDS: usize = 4 + CLIENTS;
+
+impl Registers {
+    fn words(&self) -> [u64; WORDS - 1] {
+        let mut words = [0; WORDS - 1];
+        [words[0], words[1], words[2]] = [self.boot, self.step, self.history];
+        words[3..].copy_from_slice(&self.done);
+        words
+    }
+
+    fn of(words: &[u64]) -> Self {
+        let mut done = [0; CLIENTS];
+        done.copy_from_slice(&words[3..3 + CLIENTS]);
+        Self { boot: words[0], step: words[1], history: words[2], done }
+    }
+}
+
+impl Utterance {
+    fn encode(&self) -> [u8; WORDS * 8] {
+        let mut out = [0; WORDS * 8];
+        let words = std::iter::once(self.client).chain(self.registers.words());
+        for (into, word) in out.as_chunks_mut::<8>().0.iter_mut().zip(words) {
+            *into = word.to_le_bytes();
+        }
+        out
+    }
+
+    /// Reads a frame of this guest.
+    ///
+    /// # Panics
+    /// On any other frame: nobody else speaks on a simulated LAN.
+    pub fn decode(frame: &[u8]) -> Self {
+        let words: Vec<u64> = frame.as_chunks::<8>().0.iter().map(|b| u64::from_le_bytes(*b)).collect();
+        assert_eq!((words.len(), frame.len()), (WORDS, WORDS * 8), "a frame of the simulated guest");
+        Self { client: words[0], registers: Registers::of(&words[1..]) }
+    }
+}
+
+/// A client's request, as a frame.
+pub fn request(client: usize, number: u64) -> Vec<u8> {
+    [u64::try_from(client).expect("few clients").to_le_bytes(), number.to_le_bytes()].concat()
+}
+
+/// The machine.
+pub struct SimMachine {
+    ram: Arc<GuestRam>,
+    ledger: Arc<DirtyLedger>,
+    outputs: Arc<dyn Outputs>,
+    skew: u64,
+    ready: bool,
+    running: bool,
+    registers: Registers,
+    waiting: VecDeque<Vec<u8>>,
+    /// Pages written since the last call of [`SimMachine::take_touched`], by whomever: the checkers' own record.
+    touched: u64,
+}
+
+impl SimMachine {
+    /// A machine that never ran. `skew`: machines of different skews are not the same machine.
+    ///
+    /// # Panics
+    /// When the host has no memory.
+    pub fn build(outputs: Arc<dyn Outputs>, skew: u64) -> Self {
+        let ram = Arc::new(GuestRam::tiny(1).expect("256 KiB of memory"));
+        let ledger = DirtyLedger::new(&ram);
+        Self {
+            ram,
+            ledger,
+            outputs,
+            skew,
+            ready: false,
+            running: false,
+            registers: Registers::default(),
+            waiting: VecDeque::new(),
+            touched: 0,
+        }
+    }
+
+    /// Makes it the `boot`-th guest of this world.
+    pub fn boot(&mut self, boot: u64) {
+        self.registers = Registers { boot, history: mix(boot), ..Registers::default() };
+        self.ready = true;
+        self.store();
+    }
+
+    /// Whether guest code may execute now.
+    pub fn is_running(&self) -> bool {
+        self.running
+    }
+
+    /// The guest's registers.
+    pub fn registers(&self) -> Registers {
+        self.registers
+    }
+
+    /// The pages written since the last call, one bit each, by the guest or around it.
+    pub fn take_touched(&mut self) -> u64 {
+        std::mem::take(&mut self.touched)
+    }
+
+    /// The content of a page, hashed.
+    pub fn page_hash(&self, page: u64) -> u64 {
+        let mut bytes = [0; PAGE_SIZE];
+        self.ram.copy_out(vmm::PageNo(page), &mut bytes).expect("a page of this machine");
+        xxhash_rust::xxh3::xxh3_64(&bytes)
+    }
+
+    /// The guest runs for a moment: writes `pages` pages and perhaps says something.
+    ///
+    /// # Panics
+    /// When it is not running.
+    pub fn work(&mut self, pages: u64, speaks: bool) {
+        assert!(self.running, "a stopped guest does nothing");
+        while let Some(frame) = self.waiting.pop_front() {
+            self.take_frame(&frame);
+        }
+        for n in 0..pages {
+            self.turn(mix(self.registers.history ^ n));
+            let page = SCRATCH + self.registers.history % (PAGES - SCRATCH);
+            let offset = (self.registers.history >> 32) % 512 * 8;
+            self.write(page * 4096 + offset, self.registers.history);
+        }
+        self.store();
+        if speaks {
+            self.say(CLIENTS);
+        }
+    }
+
+    /// A frame reached the guest's network device.
+    pub fn receive(&mut self, frame: &[u8]) {
+        if self.running {
+            self.take_frame(frame);
+            self.store();
+        } else {
+            self.waiting.push_back(frame.to_vec());
+        }
+    }
+
+    fn take_frame(&mut self, frame: &[u8]) {
+        let words: Vec<u64> = frame.as_chunks::<8>().0.iter().map(|b| u64::from_le_bytes(*b)).collect();
+        let [client, number] = words[..] else { return };
+        let Some(at) = usize::try_from(client).ok().filter(|at| *at < CLIENTS) else { return };
+        if number == self.registers.done[at] + 1 {
+            self.registers.done[at] = number;
+            self.turn(mix(client ^ number.rotate_left(17)));
+            self.write((1 + SCRATCH) * 4096 + client * 8, number);
+        }
+        self.store();
+        self.say(at);
+    }
+
+    fn turn(&mut self, with: u64) {
+        self.registers.step += 1;
+        self.registers.history = mix(self.registers.history ^ with.rotate_left(9));
+    }
+
+    fn say(&mut self, client: usize) {
+        self.turn(7);
+        self.store();
+        let client = u64::try_from(client).expect("few clients");
+        self.outputs.frame(0, &Utterance { client, registers: self.registers }.encode());
+    }
+
+    fn store(&mut self) {
+        let words = self.registers.words();
+        for (at, word) in (0u64..).zip(words) {
+            self.write(STATE + at * 8, word);
+        }
+    }
+
+    fn write(&mut self, address: u64, value: u64) {
+        self.touched |= 1 << (address / 4096);
+        self.ram.tracked().write_obj(value, GuestAddress(address)).expect("an address of this machine");
+    }
+
+    fn read(&self, address: u64) -> u64 {
+        self.ram.tracked().read_obj(GuestAddress(address)).expect("an address of this machine")
+    }
+}
+
+impl Machine for SimMachine {
+    fn facts(&self) -> Vec<Fact> {
+        vec![Fact { name: "sim.skew".into(), value: self.skew.to_string() }]
+    }
+
+    fn ram(&self) -> &Arc<GuestRam> {
+        &self.ram
+    }
+
+    fn ledger(&self) -> &Arc<DirtyLedger> {
+        &self.ledger
+    }
+
+    fn load(&mut self) -> Result<(), BootError> {
+        self.boot(0);
+        Ok(())
+    }
+
+    fn restore(&mut self, sections: &[Section], _clock: ClockPolicy) -> Result<(), RestoreError> {
+        let [section] = sections else {
+            return Err(sections
+                .get(1)
+                .map_or(RestoreError::Missing(SectionKind::MODEL), |s| RestoreError::Unexpected(s.kind)));
+        };
+        let words: Vec<u64> = section.bytes.as_chunks::<8>().0.iter().map(|b| u64::from_le_bytes(*b)).collect();
+        if section.kind != SectionKind::MODEL || section.version != VERSION || words.len() != WORDS - 1 {
+            return Err(RestoreError::Unexpected(section.kind));
+        }
+        self.registers = Registers::of(&words);
+        self.ready = true;
+        Ok(())
+    }
+
+    fn queue_inbound(&mut self, nic: u8, frames: Vec<Vec<u8>>) {
+        assert_eq!(nic, 0, "one network device");
+        self.waiting.extend(frames);
+    }
+
+    fn run(&mut self) -> Result<(), RunError> {
+        if !self.ready {
+            return Err(RunError::Hollow);
+        }
+        self.running = true;
+        Ok(())
+    }
+
+    fn track_dirty(&mut self, on: bool) -> Result<(), DirtyError> {
+        if on {
+            self.ram.take_own_writes();
+            self.ledger.clear();
+        }
+        Ok(())
+    }
+
+    fn take_dirty(&mut self) -> Result<DirtySet, DirtyError> {
+        Ok(self.ledger.take(&[&self.ram.take_own_writes()]))
+    }
+
+    fn events(&self) -> Receiver<MachineEvent> {
+        never()
+    }
+
+    fn stop(&mut self, _token: &Stopped) -> Result<StopTimings, PauseError> {
+        self.running = false;
+        Ok(StopTimings::default())
+    }
+
+    fn capture(&mut self, _token: &Stopped) -> Result<Vec<Section>, CaptureError> {
+        let captures = self.read(CAPTURES) + 1;
+        self.write(CAPTURES, captures);
+        let stored = Registers::of(&std::array::from_fn::<u64, { WORDS - 1 }, _>(|at| {
+            self.read(STATE + u64::try_from(at).expect("few words") * 8)
+        }));
+        if stored != self.registers {
+            let source = io::Error::other("the guest's memory is not that of its registers");
+            return Err(CaptureError::Host { what: "registers".into(), source });
+        }
+        let bytes = self.registers.words().iter().flat_map(|w| w.to_le_bytes()).collect();
+        Ok(vec![Section { kind: SectionKind::MODEL, version: VERSION, bytes }])
+    }
+
+    fn shut_down(&mut self) {
+        self.running = false;
+        self.ready = false;
+    }
+}

@@ -1,0 +1,515 @@
+//! The side that owns the guest, in a simulated world: the real course, stream, checkpoint and gate, and in place of the runner's and the
+//! link's threads this.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use failover::RunPermit;
+use failover::decide::{Action, GuestEnd, Input, LinkLoss};
+use primary::bulk::BaseCopy;
+use primary::epoch::{Afterwards, EpochParts, StagedCheckpoint, stage};
+use primary::host::{EPOCHS_IN_FLIGHT, Flow, wire_goodbye};
+use primary::mirror::Mirror;
+use primary::owner::course::{Course, Event as Told, Order};
+use primary::pacer::Pacer;
+use primary::protect::Session;
+use primary::setup::{facts, ram_layout};
+use primary::stream::{Stream, StreamEvent};
+use replication_proto::{Epoch, SenderConfig};
+use vmm::{Machine, PausedVm};
+
+use super::Nanos;
+use super::env::{Env, Event};
+use super::guest::SimMachine;
+use super::net::{ConnId, End, Packet};
+use super::process::{Base, Beat, Ending};
+
+/// How long the runner waits before it looks again whether there is room for a further checkpoint.
+const ROOM_INTERVAL: Nanos = 1_000_000;
+
+/// What the runner's thread is doing.
+enum Doing {
+    /// The guest runs unprotected, or not at all.
+    Nothing,
+    /// The base of this epoch is being copied.
+    Copying { session: Session, first: Epoch, copy: BaseCopy },
+    /// One checkpoint after another.
+    Epochs { session: Session, pacer: Pacer },
+    /// The guest is stopped; the link stays until a command needs it no longer.
+    Stopped,
+}
+
+/// One session's connections.
+struct Link {
+    session: Session,
+    data: ConnId,
+    stream: Stream,
+    /// The link's thread has ended.
+    closed: bool,
+    beat: Beat,
+}
+
+/// The owner's part of a process.
+pub struct OwnerPart {
+    course: Course,
+    machine: SimMachine,
+    permit: Option<RunPermit>,
+    stopped: bool,
+    doing: Doing,
+    last: Epoch,
+    link: Option<Link>,
+    inbox: VecDeque<Told>,
+    parts: EpochParts,
+    running_epoch: Epoch,
+}
+
+impl OwnerPart {
+    /// A side that owns a machine which does not run yet.
+    pub fn new(base: &Base, machine: SimMachine, last: Epoch) -> Self {
+        let parts = EpochParts {
+            gate: base.gate.clone(),
+            arena: base.arena.clone(),
+            mirror: std::sync::Arc::new(Mirror::default()),
+            metrics: base.metrics.clone(),
+        };
+        Self {
+            course: Course::new(base.retry, last),
+            machine,
+            permit: None,
+            stopped: true,
+            doing: Doing::Nothing,
+            last,
+            link: None,
+            inbox: VecDeque::new(),
+            parts,
+            running_epoch: last.next(),
+        }
+    }
+
+    /// The guest runs for the first time here, and what the decision core said along with the right to run is carried out.
+    pub fn begin(&mut self, permit: RunPermit, rest: Vec<Action>, base: &mut Base, env: &mut Env) -> Ending {
+        self.permit = Some(permit);
+        self.run();
+        env.at(env.now + 1_000_000, Event::Guest(base.who));
+        let orders = self.course.adopt(rest, base.local(env.now));
+        self.carry_out_all(orders, base, env)
+    }
+
+    /// The machine.
+    pub fn machine(&self) -> &SimMachine {
+        &self.machine
+    }
+
+    /// When the event loop has something to do, and the last committed epoch.
+    pub fn rest(&self) -> (Option<Duration>, Epoch) {
+        (self.course.deadline(), self.course.committed())
+    }
+
+    /// The event loop's turn.
+    pub fn turn(&mut self, base: &mut Base, inputs: Vec<Input>, env: &mut Env) -> Ending {
+        let told: Vec<Told> = inputs.into_iter().map(Told::Input).chain(self.inbox.drain(..)).collect();
+        for event in told {
+            let ending = self.tell(event, base, env);
+            if ending.is_some() {
+                return ending;
+            }
+        }
+        let now = base.local(env.now);
+        let orders = self.course.on_time(self.last, &mut base.decider, now);
+        self.carry_out_all(orders, base, env)
+    }
+
+    fn tell(&mut self, event: Told, base: &mut Base, env: &mut Env) -> Ending {
+        let now = base.local(env.now);
+        let orders = self.course.on(event, &mut base.decider, now);
+        self.carry_out_all(orders, base, env)
+    }
+
+    // ---- what the threads around the event loop do -----------------------------------------------------------------------------------
+
+    /// A connection was made, or could not be.
+    pub fn dialled(&mut self, session: Session, conns: Option<(ConnId, ConnId)>, base: &mut Base, env: &mut Env) {
+        let Some((data, pulse)) = conns else {
+            self.inbox.push_back(Told::NotConnected(session));
+            return base.rouse(env);
+        };
+        if !self.course.is_current(session) {
+            env.hang_up(data, End::Caller);
+            return env.hang_up(pulse, End::Caller);
+        }
+        let mut beat = Beat::new(pulse, End::Caller, base, env.now);
+        beat.turn(None, base, env, &mut Vec::new());
+        let config = SenderConfig {
+            identity: base.decider.identity(),
+            ram: ram_layout(&self.machine),
+            facts: facts(&self.machine),
+            max_in_flight: EPOCHS_IN_FLIGHT + 1,
+            compress_base: true,
+        };
+        let stream = Stream::new(config, base.gate.clone(), base.metrics.clone());
+        self.link = Some(Link { session, data, stream, closed: false, beat });
+        self.transmit(env);
+        self.inbox.push_back(Told::Connected(session));
+        base.rouse(env);
+    }
+
+    /// Something arrived on a connection.
+    pub fn arrived(&mut self, conn: ConnId, packet: &Packet, base: &mut Base, env: &mut Env) {
+        let Some(link) = &mut self.link else { return };
+        if conn == link.beat.conn {
+            let mut reports = Vec::new();
+            match packet {
+                Packet::Bytes(bytes) => link.beat.turn(Some(bytes), base, env, &mut reports),
+                Packet::Fin => link.beat.eof(env, &mut reports),
+            }
+            let session = link.session;
+            self.inbox.extend(reports.into_iter().map(|report| Told::Pulse(session, report)));
+            return base.rouse(env);
+        }
+        if conn != link.data || link.closed {
+            return;
+        }
+        match packet {
+            Packet::Fin => self.close_link(LinkLoss::PeerClosed, base, env),
+            Packet::Bytes(bytes) => {
+                let (session, gate, inbox) = (link.session, &base.gate, &mut self.inbox);
+                let handled = link.stream.handle_bytes(bytes, |event| {
+                    let covers = matches!(event, StreamEvent::Committed(epoch) if gate.covers_released(epoch));
+                    inbox.push_back(Told::Stream { session, event, covers });
+                });
+                base.rouse(env);
+                match handled {
+                    Ok(()) => self.transmit(env),
+                    Err(_) => {
+                        env.ghost.seen.refusals += 1;
+                        self.close_link(LinkLoss::Local, base, env);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The network gave the connection up: what was sent stayed unacknowledged for too long.
+    pub fn unacknowledged(&mut self, conn: ConnId, base: &mut Base, env: &mut Env) {
+        if self.link.as_ref().is_some_and(|link| link.data == conn && !link.closed) {
+            self.close_link(LinkLoss::PeerClosed, base, env);
+        }
+    }
+
+    /// A heartbeat is due.
+    pub fn beat(&mut self, conn: ConnId, base: &mut Base, env: &mut Env) {
+        if let Some(link) = &mut self.link
+            && link.beat.conn == conn
+        {
+            let mut reports = Vec::new();
+            link.beat.turn(None, base, env, &mut reports);
+            let session = link.session;
+            if !reports.is_empty() {
+                self.inbox.extend(reports.into_iter().map(|report| Told::Pulse(session, report)));
+                base.rouse(env);
+            }
+        }
+    }
+
+    /// The link's thread ends.
+    fn close_link(&mut self, loss: LinkLoss, base: &mut Base, env: &mut Env) {
+        let Some(link) = &mut self.link else { return };
+        if !std::mem::replace(&mut link.closed, true) {
+            link.stream.give_up();
+            env.hang_up(link.data, End::Caller);
+            self.inbox.push_back(Told::Closed(link.session, loss));
+            base.rouse(env);
+        }
+    }
+
+    fn transmit(&mut self, env: &mut Env) {
+        let Some(link) = self.link.as_mut().filter(|link| !link.closed) else { return };
+        let mut out = Vec::new();
+        while let Some(bytes) = link.stream.poll_transmit() {
+            out.push(bytes);
+        }
+        link.stream.note_sent();
+        env.send_stream(link.data, End::Caller, out);
+    }
+
+    /// A frame for the guest arrived on this host's tap.
+    pub fn frame(&mut self, frame: &[u8], base: &mut Base, env: &mut Env) {
+        if let Some(link) = self.link.as_mut().filter(|link| !link.closed)
+            && matches!(self.doing, Doing::Epochs { .. })
+        {
+            // An error shows again when the stream is used next.
+            link.stream.inbound(self.running_epoch, 0, frame).ok();
+            self.transmit(env);
+        }
+        base.set_clock(env.now);
+        self.machine.receive(frame);
+        base.flush(env);
+    }
+
+    /// The guest's own work.
+    pub fn guest_works(&mut self, base: &mut Base, env: &mut Env) {
+        if self.machine.is_running() {
+            base.set_clock(env.now);
+            let (pages, speaks) = (env.dirty_pages(), env.rng.range(0, 4) == 0);
+            self.machine.work(pages, speaks);
+            base.flush(env);
+        }
+        let next = env.guest_interval();
+        env.at(env.now + next, Event::Guest(base.who));
+    }
+
+    /// The guest ends by itself.
+    pub fn guest_ends(&mut self, end: GuestEnd, base: &mut Base, env: &mut Env) {
+        if self.machine.is_running() {
+            self.machine.shut_down();
+            self.stopped = true;
+            self.inbox.push_back(Told::GuestEnded(end));
+            base.rouse(env);
+        }
+    }
+
+    // ---- the runner ------------------------------------------------------------------------------------------------------------------
+
+    /// The runner's thread wakes: the next piece of the base, or the end of an epoch.
+    pub fn runner(&mut self, session: Session, base: &mut Base, env: &mut Env) {
+        let current = match &self.doing {
+            Doing::Copying { session, .. } | Doing::Epochs { session, .. } => Some(*session),
+            Doing::Nothing | Doing::Stopped => None,
+        };
+        if current != Some(session) {
+            return;
+        }
+        base.set_clock(env.now);
+        match &self.doing {
+            Doing::Copying { .. } => self.copy_piece(base, env),
+            _ => self.end_epoch(Afterwards::RunsOn, base, env),
+        }
+        base.flush(env);
+    }
+
+    fn has_room(&self) -> Option<bool> {
+        let link = self.link.as_ref().filter(|link| !link.closed)?;
+        Some(link.stream.in_flight() < EPOCHS_IN_FLIGHT)
+    }
+
+    fn wait_for_room(&self, session: Session, base: &Base, env: &mut Env) {
+        env.at(env.now + ROOM_INTERVAL, Event::Runner(base.who, session));
+    }
+
+    fn copy_piece(&mut self, base: &mut Base, env: &mut Env) {
+        let Doing::Copying { session, first, copy } = &mut self.doing else { return };
+        let (session, first) = (*session, *first);
+        let piece = copy.next_piece(&mut self.machine).expect("the simulated dirty log can be read");
+        let Some(link) = self.link.as_mut().filter(|link| !link.closed && link.session == session) else {
+            return self.fail(base, env);
+        };
+        let sent = match piece {
+            Some(piece) => {
+                let ram = self.machine.ram();
+                let staged = base.arena.stage_pages(ram, piece.len(), piece.iter().copied()).expect("pages of RAM");
+                link.stream.pages(&staged)
+            }
+            None => match self.take(first, Afterwards::RunsOn, base, env) {
+                Some(checkpoint) => {
+                    let Some(link) = &mut self.link else { return };
+                    let sent = link.stream.end(checkpoint);
+                    self.running_epoch = first.next();
+                    let pacer = Pacer::fixed(base.interval, base.local(env.now));
+                    self.doing = Doing::Epochs { session, pacer };
+                    sent
+                }
+                None => return self.fail(base, env),
+            },
+        };
+        if sent.is_err() {
+            return self.fail(base, env);
+        }
+        self.transmit(env);
+        self.schedule(base, env);
+    }
+
+    fn schedule(&self, base: &Base, env: &mut Env) {
+        match &self.doing {
+            Doing::Copying { session, .. } => {
+                let at = env.now + env.rng.range(100_000, 2_000_000);
+                env.at(at, Event::Runner(base.who, *session));
+            }
+            Doing::Epochs { session, pacer } => {
+                let late = env.rng.range(0, 200_000);
+                env.at(base.world_time(pacer.deadline()) + late, Event::Runner(base.who, *session));
+            }
+            Doing::Nothing | Doing::Stopped => {}
+        }
+    }
+
+    /// The real checkpoint, steps 2 to 7.
+    fn take(&mut self, epoch: Epoch, afterwards: Afterwards, base: &Base, env: &mut Env) -> Option<StagedCheckpoint> {
+        let staged = stage(&mut self.machine, &self.parts, epoch, afterwards).ok()?.0;
+        env.ghost.sealed(base.who, epoch.0, &mut self.machine);
+        let (bytes, _) = base.gate.held();
+        if bytes > 1 << 20 || base.arena.in_flight() > 64 << 20 {
+            env.ghost.broken("G7", format!("{bytes} bytes held, {} staged", base.arena.in_flight()));
+        }
+        Some(staged)
+    }
+
+    fn end_epoch(&mut self, afterwards: Afterwards, base: &mut Base, env: &mut Env) {
+        let Doing::Epochs { session, .. } = &self.doing else { return };
+        let session = *session;
+        match self.has_room() {
+            None => return self.fail(base, env),
+            Some(false) if afterwards == Afterwards::RunsOn => return self.wait_for_room(session, base, env),
+            Some(_) => {}
+        }
+        if self.stopped {
+            // The guest ended by itself; its link stays until the record says so.
+            self.doing = Doing::Stopped;
+            return;
+        }
+        let epoch = self.last.next();
+        self.last = epoch;
+        self.running_epoch = epoch.next();
+        let Some(checkpoint) = self.take(epoch, afterwards, base, env) else { return self.fail(base, env) };
+        let sent = self.link.as_mut().map(|link| link.stream.checkpoint(checkpoint));
+        if !matches!(sent, Some(Ok(()))) {
+            return self.fail(base, env);
+        }
+        self.transmit(env);
+        if afterwards == Afterwards::StaysStopped {
+            self.stopped = true;
+            self.doing = Doing::Stopped;
+            self.inbox.push_back(Told::FinalSent(epoch));
+            return base.rouse(env);
+        }
+        if let Doing::Epochs { pacer, .. } = &mut self.doing {
+            pacer.ended(base.local(env.now));
+        }
+        self.schedule(base, env);
+    }
+
+    /// Protection cannot go on.
+    fn fail(&mut self, base: &mut Base, env: &mut Env) {
+        self.doing = Doing::Nothing;
+        self.close_link(LinkLoss::Local, base, env);
+        self.inbox.push_back(Told::ProtectionFailed);
+        base.rouse(env);
+    }
+
+    fn run(&mut self) {
+        if self.permit.is_some() && self.machine.run().is_ok() {
+            self.stopped = false;
+        }
+    }
+
+    fn stop(&mut self) {
+        if !self.stopped {
+            if let Ok(paused) = PausedVm::pause(&mut self.machine) {
+                paused.stay_stopped();
+            }
+            self.stopped = true;
+        }
+    }
+
+    // ---- carrying out ------------------------------------------------------------------------------------------------------------
+
+    fn carry_out_all(&mut self, orders: Vec<Order>, base: &mut Base, env: &mut Env) -> Ending {
+        for order in orders {
+            let ending = match order {
+                Order::Do(action) => self.act(action, base, env),
+                other => {
+                    self.session_order(other, base, env);
+                    None
+                }
+            };
+            if ending.is_some() {
+                return ending;
+            }
+        }
+        None
+    }
+
+    fn session_order(&mut self, order: Order, base: &mut Base, env: &mut Env) {
+        match order {
+            Order::Dial(session) => env.dial(base.who, session),
+            Order::SendBase { session, first } => {
+                assert!(first > self.last, "epoch {first} begins a base after {}", self.last);
+                self.last = first;
+                let Some(link) = self.link.as_mut().filter(|l| l.session == session && !l.closed) else { return };
+                let begun = link.stream.begin_base(first);
+                let copy = BaseCopy::begin(&mut self.machine).expect("the simulated dirty log can be switched on");
+                self.doing = Doing::Copying { session, first, copy };
+                if begun.is_err() {
+                    return self.fail(base, env);
+                }
+                self.schedule(base, env);
+            }
+            Order::Close(session) => {
+                if let Some(mut link) = self.link.take_if(|l| l.session == session) {
+                    if !link.closed {
+                        link.stream.give_up();
+                        env.hang_up(link.data, End::Caller);
+                    }
+                    link.beat.close(env);
+                    self.doing = Doing::Nothing;
+                    self.course.epoch_used(self.last);
+                }
+            }
+            Order::Freeze => {
+                self.permit = None;
+                self.stop();
+            }
+            Order::Goodbye(session, reason) => {
+                if let Some(link) = self.link.as_mut().filter(|l| l.session == session && !l.closed) {
+                    link.stream.goodbye(wire_goodbye(reason)).ok();
+                    self.transmit(env);
+                    self.close_link(LinkLoss::Local, base, env);
+                }
+            }
+            Order::Do(_) => unreachable!("carried out elsewhere"),
+        }
+    }
+
+    fn act(&mut self, action: Action, base: &mut Base, env: &mut Env) -> Ending {
+        let action = match base.carry_out(action, env) {
+            Ok(Flow::GoOn) => return None,
+            Ok(Flow::Exit(code)) => return Some(code),
+            Err(action) => action,
+        };
+        match action {
+            Action::HoldOutput => base.gate.hold(),
+            Action::OpenOutput => base.gate.open(),
+            Action::TrustAcks { backup: _ } => base.gate.release_on_commit(),
+            Action::PauseGuest => {
+                self.stop();
+                if matches!(self.doing, Doing::Epochs { .. }) {
+                    self.doing = Doing::Stopped;
+                }
+            }
+            Action::ResumeGuest => self.run(),
+            Action::Fence { reason: _ } => base.gate.silence(),
+            Action::ResumeFenced(permit) => {
+                env.ghost.resumes(base.who, permit.generation().0);
+                self.permit = Some(permit);
+                self.run();
+            }
+            Action::BeginSwitchover => match &self.doing {
+                Doing::Epochs { .. } => self.end_epoch(Afterwards::StaysStopped, base, env),
+                _ => env.note(|| "a last checkpoint came too late for its link".into()),
+            },
+            Action::Exit(code) => return Some(code),
+            other => panic!("an action that is not for a side that runs the guest: {other:?}"),
+        }
+        base.flush(env);
+        None
+    }
+
+    /// The process ends: what was said is on its way.
+    pub fn end(&mut self, env: &mut Env) {
+        if let Some(link) = &mut self.link {
+            if !link.closed {
+                env.hang_up(link.data, End::Caller);
+            }
+            link.beat.close(env);
+        }
+    }
+}

@@ -1,0 +1,405 @@
+//! The side that waits, in a simulated world: the real course and intake, and in place of the applier's, the link's and the taps' threads this.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use backup::activate::{deliver, restore};
+use backup::commit::{Commits, Committed, Holding};
+use backup::inbox::{Inbox, PageBatch};
+use backup::intake::{Intake, IntakeEvent, LinkEnd};
+use backup::standby::StandbyMemory;
+use backup::wait::course::{Course, Event as Told, Order};
+use bytes::Bytes;
+use failover::RunPermit;
+use failover::decide::{Action, Input};
+use failover::exit::ExitCode;
+use primary::host::Flow;
+use primary::setup::{facts, ram_layout};
+use replication_proto::mutant::{self, Mutant};
+use replication_proto::{Channel, Epoch, Greeting, Incarnation, ReceiverConfig, ReceiverLimits};
+use vmm::Machine;
+
+use super::env::{Env, Event};
+use super::guest::SimMachine;
+use super::net::{ConnId, End, Packet};
+use super::owner::OwnerPart;
+use super::process::{Base, Beat, Ending, Part};
+
+/// Frames kept by the silent tap.
+const FRAMES_KEPT: usize = 256;
+/// Heartbeat connections kept at one time.
+const PULSES_MAX: usize = 4;
+/// Bytes of a delta that a simulated backup takes.
+const INBOX_BYTES: usize = 4 << 20;
+/// Committed bytes that may wait to be applied.
+const BACKLOG_BYTES: usize = 64 << 10;
+
+enum Job {
+    Hollow(PageBatch),
+    Checkpoint(Committed),
+}
+
+/// The waiting part of a process.
+pub struct WaiterPart {
+    course: Course,
+    intake: Intake,
+    machine: SimMachine,
+    memory: StandbyMemory,
+    jobs: VecDeque<Job>,
+    /// The applier's thread sleeps until an event wakes it.
+    applier_waits: bool,
+    data: Option<ConnId>,
+    /// Whose checkpoints arrive.
+    owner: Option<Incarnation>,
+    strangers: Vec<(ConnId, Greeting)>,
+    pulses: Vec<Beat>,
+    silent: VecDeque<Vec<u8>>,
+    inbox: VecDeque<Told>,
+}
+
+impl WaiterPart {
+    /// A side that listens and holds nothing.
+    pub fn new(base: &Base) -> Self {
+        let machine = base.build_machine();
+        let config = ReceiverConfig {
+            identity: base.decider.identity(),
+            ram: ram_layout(&machine),
+            facts: facts(&machine),
+            limits: ReceiverLimits { max_epoch_pages: 1_024, max_epoch_section_bytes: 1 << 20 },
+        };
+        Self {
+            course: Course::default(),
+            intake: Intake::new(config, Inbox::new(INBOX_BYTES), Commits::new(BACKLOG_BYTES)),
+            machine,
+            memory: StandbyMemory::default(),
+            jobs: VecDeque::new(),
+            applier_waits: false,
+            data: None,
+            owner: None,
+            strangers: Vec::new(),
+            pulses: Vec::new(),
+            silent: VecDeque::new(),
+            inbox: VecDeque::new(),
+        }
+    }
+
+    /// When the event loop has something to do, and the last committed epoch.
+    pub fn rest(&self) -> (Option<Duration>, Epoch) {
+        (self.course.deadline(), self.course.committed())
+    }
+
+    /// The event loop's turn.
+    pub fn turn(base: &mut Base, part: &mut Part, inputs: Vec<Input>, env: &mut Env) -> Ending {
+        let Part::Waiting(waiter) = part else { return None };
+        let told: Vec<Told> = inputs.into_iter().map(Told::Input).chain(waiter.inbox.drain(..)).collect();
+        for event in told {
+            let Part::Waiting(waiter) = part else { return None };
+            let now = base.local(env.now);
+            let orders = waiter.course.on(event, &mut base.decider, now);
+            if let Some(ending) = Self::carry_out_all(base, part, orders, env) {
+                return ending;
+            }
+        }
+        let Part::Waiting(waiter) = part else { return None };
+        let now = base.local(env.now);
+        let orders = waiter.course.on_time(&mut base.decider, now);
+        if let Some(ending) = Self::carry_out_all(base, part, orders, env) {
+            return ending;
+        }
+        if let Part::Waiting(waiter) = part {
+            let raised = waiter.intake.raise_generation(base.decider.identity().generation);
+            waiter.settle(raised, base, env);
+        }
+        None
+    }
+
+    /// `Some`: nothing else is told here; with it, how the process ended, if it did.
+    fn carry_out_all(base: &mut Base, part: &mut Part, orders: Vec<Order>, env: &mut Env) -> Option<Ending> {
+        let mut rest = orders.into_iter();
+        while let Some(order) = rest.next() {
+            match order {
+                Order::AskPeer => env.ask_peer(base.who),
+                Order::EndAsMismatch => return Some(Some(ExitCode::MachineMismatch)),
+                Order::Do(action) => match base.carry_out(action, env) {
+                    Ok(Flow::GoOn) | Err(Action::OfferAsBackup) => {}
+                    Ok(Flow::Exit(code)) | Err(Action::Exit(code)) => return Some(Some(code)),
+                    Err(Action::Activate(permit)) => {
+                        return Some(Self::activate(base, part, permit, actions_of(rest), env));
+                    }
+                    Err(Action::BootGuest(permit)) => {
+                        return Some(Self::boot(base, part, permit, actions_of(rest), env));
+                    }
+                    Err(other) => panic!("an action that is not for a side that waits: {other:?}"),
+                },
+            }
+        }
+        None
+    }
+
+    /// As `backup::activate` does, with the same pieces in the same order.
+    fn activate(base: &mut Base, part: &mut Part, permit: RunPermit, rest: Vec<Action>, env: &mut Env) -> Ending {
+        let Part::Waiting(mut waiter) = std::mem::replace(part, Part::Nothing) else { return None };
+        if mutant::is(Mutant::AckAfterPromotion) {
+            env.linger(&mut waiter, base);
+        }
+        waiter.leave(env);
+        waiter.apply_all();
+        let Self { intake, mut machine, memory, silent, .. } = waiter;
+        let (holding, inbound) = intake.close();
+        let Some(applied) = memory.into_applied() else {
+            env.ghost.broken("G3", format!("{} was activated and is hollow", base.me));
+            return Some(ExitCode::Failure);
+        };
+        let epoch = applied.epoch;
+        if holding != Holding::Whole(epoch) {
+            env.ghost.broken("G3", format!("{} holds {holding:?}, its memory is that of {epoch}", base.me));
+            return Some(ExitCode::Failure);
+        }
+        let held = restore(&mut machine, holding, applied).expect("a state of this machine");
+        let before = env.replaced(permit.generation());
+        env.ghost.takes_over(base.who, permit.generation().0, epoch.0, &machine, before.as_ref());
+        env.ghost.inspected(&machine);
+        base.gate.hold();
+        base.gate.adopt_speakers(held.speakers.clone());
+        env.lan_learns(base.who);
+        held.frames.iter().for_each(|(nic, frame)| base.gate.send_for_guest(*nic, frame));
+        base.flush(env);
+        deliver(&mut machine, &inbound, vec![(0, silent.into())]);
+        let mut owner = OwnerPart::new(base, machine, epoch);
+        let ending = owner.begin(permit, rest, base, env);
+        *part = Part::Owner(owner);
+        ending
+    }
+
+    fn boot(base: &mut Base, part: &mut Part, permit: RunPermit, rest: Vec<Action>, env: &mut Env) -> Ending {
+        let Part::Waiting(mut waiter) = std::mem::replace(part, Part::Nothing) else { return None };
+        waiter.leave(env);
+        let mut machine = waiter.machine;
+        machine.boot(env.next_boot());
+        let before = env.replaced(permit.generation());
+        env.ghost.boots(base.who, permit.generation().0, &machine, before.as_ref());
+        let mut owner = OwnerPart::new(base, machine, Epoch(0));
+        let ending = owner.begin(permit, rest, base, env);
+        *part = Part::Owner(owner);
+        ending
+    }
+
+    /// Every connection of this side is closed.
+    pub fn leave(&mut self, env: &mut Env) {
+        self.pulses.iter_mut().for_each(|beat| beat.close(env));
+        if let Some(data) = self.data.take() {
+            env.hang_up(data, End::Callee);
+        }
+        for (conn, _) in self.strangers.drain(..) {
+            env.hang_up(conn, End::Callee);
+        }
+    }
+
+    // ---- connections -------------------------------------------------------------------------------------------------------------
+
+    /// Somebody connected.
+    pub fn connected(&mut self, conn: ConnId) {
+        self.strangers.push((conn, Greeting::new()));
+    }
+
+    /// A heartbeat connection that this side wanted stands, or could not be made.
+    pub fn asked(&mut self, conn: Option<ConnId>, base: &mut Base, env: &mut Env) {
+        match conn {
+            Some(conn) => self.take_pulse(conn, End::Caller, None, base, env),
+            None => {
+                self.inbox.push_back(Told::NobodyThere);
+                base.rouse(env);
+            }
+        }
+    }
+
+    /// Something arrived on a connection.
+    pub fn arrived(&mut self, conn: ConnId, packet: &Packet, base: &mut Base, env: &mut Env) {
+        if let Some(at) = self.strangers.iter().position(|(c, _)| *c == conn) {
+            return self.greet(at, packet, base, env);
+        }
+        if self.data == Some(conn) {
+            let served = match packet {
+                Packet::Bytes(bytes) => self.intake.handle_bytes(bytes),
+                Packet::Fin => self.intake.handle_eof(),
+            };
+            return self.settle(served, base, env);
+        }
+        let Some(beat) = self.pulses.iter_mut().find(|beat| beat.conn == conn) else { return };
+        let mut reports = Vec::new();
+        match packet {
+            Packet::Bytes(bytes) => beat.turn(Some(bytes), base, env, &mut reports),
+            Packet::Fin => beat.eof(env, &mut reports),
+        }
+        self.pulses.retain(|beat| !beat.is_over());
+        self.inbox.extend(reports.into_iter().map(Told::Pulse));
+        base.rouse(env);
+    }
+
+    fn greet(&mut self, at: usize, packet: &Packet, base: &mut Base, env: &mut Env) {
+        let (conn, mut greeting) = self.strangers.remove(at);
+        let Packet::Bytes(bytes) = packet else { return env.hang_up(conn, End::Callee) };
+        let caller = match greeting.handle_bytes(bytes) {
+            Ok(None) => return self.strangers.push((conn, greeting)),
+            Err(_) => {
+                env.ghost.seen.refusals += 1;
+                return env.hang_up(conn, End::Callee);
+            }
+            Ok(Some(caller)) => (caller.channel, caller.peer.clone()),
+        };
+        let read = greeting.into_bytes();
+        match caller {
+            (Channel::Heartbeat, _) => self.take_pulse(conn, End::Callee, Some(&read), base, env),
+            (Channel::Data, peer) if self.intake.admits(&peer) => {
+                if let Some(data) = self.data {
+                    self.end_data(LinkEnd::Displaced, base, env);
+                    env.hang_up(data, End::Callee);
+                }
+                self.data = Some(conn);
+                let known = base.decider.identity().generation;
+                let served = self.intake.raise_generation(known).and_then(|()| {
+                    self.intake.open();
+                    self.intake.handle_bytes(&read)
+                });
+                self.settle(served, base, env);
+            }
+            (Channel::Data, _) => {
+                env.send_stream(conn, End::Callee, self.intake.turn_away());
+                env.hang_up(conn, End::Callee);
+            }
+        }
+    }
+
+    fn take_pulse(&mut self, conn: ConnId, end: End, read: Option<&Bytes>, base: &mut Base, env: &mut Env) {
+        if self.pulses.len() == PULSES_MAX {
+            self.pulses.remove(0).close(env);
+        }
+        let mut beat = Beat::new(conn, end, base, env.now);
+        let mut reports = Vec::new();
+        beat.turn(read.map(|bytes| &bytes[..]), base, env, &mut reports);
+        if !beat.is_over() {
+            self.pulses.push(beat);
+        }
+        self.inbox.extend(reports.into_iter().map(Told::Pulse));
+        base.rouse(env);
+    }
+
+    /// A heartbeat is due.
+    pub fn beat(&mut self, conn: ConnId, base: &mut Base, env: &mut Env) {
+        let Some(beat) = self.pulses.iter_mut().find(|beat| beat.conn == conn) else { return };
+        let mut reports = Vec::new();
+        beat.turn(None, base, env, &mut reports);
+        if !reports.is_empty() {
+            self.inbox.extend(reports.into_iter().map(Told::Pulse));
+            base.rouse(env);
+        }
+    }
+
+    /// The network gave the connection up.
+    pub fn unacknowledged(&mut self, conn: ConnId, base: &mut Base, env: &mut Env) {
+        if self.data == Some(conn) {
+            let error = std::io::Error::from(std::io::ErrorKind::TimedOut);
+            self.settle(Err(LinkEnd::Io(error)), base, env);
+        }
+    }
+
+    /// What came of the intake is passed on, and a connection that is over is ended.
+    fn settle(&mut self, served: Result<(), LinkEnd>, base: &mut Base, env: &mut Env) {
+        self.pass_on(base, env);
+        self.transmit(env);
+        if let Err(end) = served {
+            self.end_data(end, base, env);
+        }
+    }
+
+    fn end_data(&mut self, end: LinkEnd, base: &mut Base, env: &mut Env) {
+        env.ghost.seen.refusals += u64::from(!matches!(end, LinkEnd::EndOfFile | LinkEnd::Io(_) | LinkEnd::Displaced));
+        if self.intake.is_connected() {
+            self.intake.end(end);
+            self.transmit(env);
+        }
+        if let Some(data) = self.data.take() {
+            env.hang_up(data, End::Callee);
+        }
+        self.pass_on(base, env);
+    }
+
+    fn transmit(&mut self, env: &mut Env) {
+        let Some(data) = self.data else { return };
+        let out: Vec<Bytes> = std::iter::from_fn(|| self.intake.poll_transmit()).collect();
+        env.send_stream(data, End::Callee, out);
+    }
+
+    fn pass_on(&mut self, base: &mut Base, env: &mut Env) {
+        while let Some(event) = self.intake.poll_event() {
+            match event {
+                IntakeEvent::ApplyHollow(pages) => self.jobs.push_back(Job::Hollow(pages)),
+                IntakeEvent::Apply(committed) => self.jobs.push_back(Job::Checkpoint(committed)),
+                told => {
+                    match &told {
+                        IntakeEvent::BaseBegun(peer) => {
+                            self.owner = Some(peer.incarnation);
+                            env.ghost.hollow(base.who);
+                        }
+                        IntakeEvent::BaseCommitted(_, epoch) => self.note_commit(*epoch, true, base, env),
+                        IntakeEvent::Committed(epoch) => self.note_commit(*epoch, false, base, env),
+                        _ => {}
+                    }
+                    self.inbox.push_back(Told::Intake(told));
+                }
+            }
+        }
+        if !self.inbox.is_empty() {
+            base.rouse(env);
+        }
+        if !self.jobs.is_empty() && !self.applier_waits {
+            self.applier_waits = true;
+            let delay = env.applier_delay();
+            if delay == 0 { self.applier(base, env) } else { env.at(env.now + delay, Event::Applier(base.who)) }
+        }
+    }
+
+    fn note_commit(&self, epoch: Epoch, is_base: bool, base: &Base, env: &mut Env) {
+        let owner = self.owner.and_then(|incarnation| env.life_of(incarnation));
+        match owner {
+            Some(owner) => env.ghost.committed(base.who, owner, epoch.0, is_base),
+            None => env.ghost.broken("G10", format!("{} committed epoch {epoch} of nobody", base.me)),
+        }
+    }
+
+    /// The applier's thread works off what waits.
+    pub fn applier(&mut self, base: &mut Base, env: &mut Env) {
+        self.applier_waits = false;
+        let bytes = self.apply_all();
+        let served = self.intake.applied(bytes);
+        self.settle(served, base, env);
+    }
+
+    fn apply_all(&mut self) -> usize {
+        let mut bytes = 0;
+        while let Some(job) = self.jobs.pop_front() {
+            match job {
+                Job::Hollow(batch) => self.memory.apply_hollow(self.machine.ram(), &batch),
+                Job::Checkpoint(committed) => bytes += self.memory.apply(self.machine.ram(), committed),
+            }
+        }
+        bytes
+    }
+
+    /// A frame for the guest arrived on this host's tap, which nobody runs here.
+    pub fn frame(&mut self, frame: &[u8]) {
+        if self.silent.len() == FRAMES_KEPT {
+            self.silent.pop_front();
+        }
+        self.silent.push_back(frame.to_vec());
+    }
+}
+
+fn actions_of(orders: impl Iterator<Item = Order>) -> Vec<Action> {
+    orders
+        .filter_map(|order| match order {
+            Order::Do(action) => Some(action),
+            Order::AskPeer | Order::EndAsMismatch => None,
+        })
+        .collect()
+}
