@@ -97,9 +97,9 @@ impl Course {
         }
     }
 
-    /// When [`Course::on_time`] has something to do.
-    pub fn deadline(&self) -> Option<Duration> {
-        self.protect.deadline()
+    /// When [`Course::on_time`] has something to do, beside the decision core.
+    pub fn deadline(&self, decider: &Decider) -> Option<Duration> {
+        self.protect.deadline().filter(|_| looks_for_backup(decider))
     }
 
     /// The last epoch that a backup committed.
@@ -177,9 +177,7 @@ impl Course {
     /// Time passed, and everything that had arrived was told before: silence is judged last. `last_epoch`: the last that was sealed.
     pub fn on_time(&mut self, last_epoch: Epoch, decider: &mut Decider, now: Duration) -> Vec<Order> {
         let mut orders = Vec::new();
-        // Only a side that runs the guest, and means to, looks for a backup.
-        let state = decider.state();
-        if state.runs() && state != StateName::SwitchingOver {
+        if looks_for_backup(decider) {
             let step = self.protect.tick(now);
             self.take(step, decider, now, &mut orders);
         }
@@ -326,4 +324,10 @@ impl Course {
             self.close(session, out);
         }
     }
+}
+
+/// Only a side that runs the guest, and means to, looks for a backup.
+fn looks_for_backup(decider: &Decider) -> bool {
+    let state = decider.state();
+    state.runs() && state != StateName::SwitchingOver
 }

@@ -104,7 +104,8 @@ impl Owner {
 
     /// Waits for one event and handles it.
     fn step(&mut self) -> Flow {
-        let wait = self.host.falls_asleep(self.course.deadline(), STATUS_INTERVAL);
+        let deadline = self.course.deadline(&self.host.decider);
+        let wait = self.host.falls_asleep(deadline, STATUS_INTERVAL);
         let arbiter = self.host.arbiter_answers().clone();
         let control = self.host.control_requests().clone();
         let woken = select! {

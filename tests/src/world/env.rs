@@ -43,9 +43,9 @@ pub enum Event {
     /// The same, for a heartbeat connection alone.
     Asked(Who),
     /// A request reaches the arbiter.
-    Serve(Who, OpId, ArbiterRequest, Fate),
+    Serve(Who, OpId, Box<ArbiterRequest>, Fate),
     /// The arbiter's answer, or the end of the patience for it.
-    Answered(Who, OpId, Answer),
+    Answered(Who, OpId, Box<Answer>),
     /// A frame for the guest reaches a host.
     Frame(usize, Vec<u8>),
     /// A frame of the guest reaches the clients.
@@ -358,18 +358,18 @@ impl Env {
         match fate {
             Fate::Refused => {
                 let answer = Register::silence(&request, true);
-                self.at(now + travel, Event::Answered(who, op, answer));
+                self.at(now + travel, Event::Answered(who, op, Box::new(answer)));
             }
             Fate::Lost => {
                 let answer = Register::silence(&request, false);
-                self.at(now + ARBITER_PATIENCE, Event::Answered(who, op, answer));
+                self.at(now + ARBITER_PATIENCE, Event::Answered(who, op, Box::new(answer)));
             }
-            Fate::Served => self.at(now + travel, Event::Serve(who, op, request, fate)),
+            Fate::Served => self.at(now + travel, Event::Serve(who, op, Box::new(request), fate)),
             Fate::AnswerLost | Fate::Late => {
                 let answer = Register::silence(&request, false);
-                self.at(now + ARBITER_PATIENCE, Event::Answered(who, op, answer));
+                self.at(now + ARBITER_PATIENCE, Event::Answered(who, op, Box::new(answer)));
                 let late = if fate == Fate::Late { ARBITER_PATIENCE + self.rng.range(0, 3_000_000_000) } else { 0 };
-                self.at(now + travel + late, Event::Serve(who, op, request, fate));
+                self.at(now + travel + late, Event::Serve(who, op, Box::new(request), fate));
             }
         }
     }
@@ -392,7 +392,7 @@ impl Env {
         if fate == Fate::Served {
             let travel = self.rng.range(100_000, 3_000_000);
             let now = self.now;
-            self.at(now + travel, Event::Answered(who, op, answer));
+            self.at(now + travel, Event::Answered(who, op, Box::new(answer)));
         }
     }
 

@@ -346,7 +346,7 @@ impl World {
             Event::Dialled(who, session) => self.dialled(who, session),
             Event::Asked(who) => self.asked(who),
             Event::Serve(who, op, request, fate) => self.env.serve(who, op, &request, fate),
-            Event::Answered(who, op, answer) => self.answered(who, op, answer),
+            Event::Answered(who, op, answer) => self.answered(who, op, *answer),
             Event::Frame(node, frame) => self.frame(node, &frame),
             Event::Heard(frame) => self.client_hears(&frame),
             Event::Client(client) => self.client_asks(client),

@@ -101,8 +101,8 @@ impl OwnerPart {
     }
 
     /// When the event loop has something to do, and the last committed epoch.
-    pub fn rest(&self) -> (Option<Duration>, Epoch) {
-        (self.course.deadline(), self.course.committed())
+    pub fn rest(&self, base: &Base) -> (Option<Duration>, Epoch) {
+        (self.course.deadline(&base.decider), self.course.committed())
     }
 
     /// The event loop's turn.

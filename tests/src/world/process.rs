@@ -377,7 +377,7 @@ impl Process {
         self.base.flush(env);
         let (deadline, committed) = match &self.part {
             Part::Waiting(waiter) => waiter.rest(),
-            Part::Owner(owner) => owner.rest(),
+            Part::Owner(owner) => owner.rest(&self.base),
             Part::Starting(_) | Part::Nothing => (None, Epoch(0)),
         };
         self.base.sleeps(deadline, committed, env);
