@@ -246,6 +246,8 @@ pub struct Beat {
     /// Our end of it.
     pub end: End,
     pulse: Pulse,
+    /// When it wakes by itself.
+    wakes_at: Option<Duration>,
     ended: bool,
 }
 
@@ -253,7 +255,7 @@ impl Beat {
     /// Heartbeats begin on a connection.
     pub fn new(conn: ConnId, end: End, base: &Base, now: Nanos) -> Self {
         let pulse = Pulse::new(base.decider.identity(), base.heartbeat, base.local(now));
-        Self { conn, end, pulse, ended: false }
+        Self { conn, end, pulse, wakes_at: None, ended: false }
     }
 
     /// What the heartbeat thread does when it wakes; what it learnt is appended to `reports`.
@@ -279,7 +281,10 @@ impl Beat {
         }
         match raised {
             Ok(()) => {
-                if let Some(at) = self.pulse.next_deadline() {
+                if let Some(at) = self.pulse.next_deadline()
+                    && self.wakes_at != Some(at)
+                {
+                    self.wakes_at = Some(at);
                     env.at(base.world_time(at).max(env.now + 1_000), Event::Beat(base.who, self.conn));
                 }
             }
