@@ -11,10 +11,9 @@ use super::{
 
 impl Core {
     pub(super) fn base_begun(&mut self, owner: NodeRef, now: Duration) {
-        if self.mine.is_some()
-            || owner.node != self.config.peer
-            || !matches!(self.state, State::Standby | State::TakingOver)
-        {
+        // A base may be faster than the arbiter's first answer to this process.
+        let waits = matches!(self.state, State::Starting | State::Claiming { .. } | State::Standby | State::TakingOver);
+        if self.mine.is_some() || owner.node != self.config.peer || !waits {
             return;
         }
         self.detector.watch(owner.incarnation, now);

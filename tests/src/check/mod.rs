@@ -69,7 +69,7 @@ pub struct Ghost {
     told: [Told; CLIENTS],
     /// Boots that were rightful.
     boots: u64,
-    /// An operator forced something: what was promised before is void.
+    /// An operator forced something, or restored an old content of the arbiter: what was promised before is void.
     forced: bool,
     violation: Option<Violation>,
     /// What happened, for those who must know that a run was not vacuous.

@@ -39,7 +39,11 @@ impl World {
             Fault::Arbiter(node, way) => self.env.conditions.way[node] = way,
             Fault::ArbiterSlow(extra) => self.env.conditions.arbiter_slow = extra,
             Fault::RollBack(steps) => {
-                self.env.register.roll_back(steps);
+                if self.env.register.roll_back(steps) {
+                    // Within one generation nobody can tell an old record from a new one: what was written since is lost, and with it what
+                    // was promised. Generations must hold all the same.
+                    self.env.ghost.operator_forced();
+                }
             }
             Fault::Command(node, command) => {
                 let ticket = self.ticket();

@@ -5,7 +5,7 @@ use std::time::Duration;
 use replication_proto::{Epoch, Generation, Incarnation, VmId};
 
 use super::super::*;
-use super::world::{A, B, Guest, Service, World, ms};
+use super::world::{A, B, Guest, Service, VM, World, ms, node_ref};
 use crate::exit::ExitCode;
 
 #[test]
@@ -38,6 +38,43 @@ fn start_a_backup_never_creates_the_record_nor_boots() {
     assert_eq!((world.record.clone(), world.state(B)), (None, StateName::Standby));
     world.start(A, Role::Primary);
     assert!(world.run_until(ms(1000), |world| world.state(A) == StateName::Protected).is_some());
+}
+
+/// Found by the simulator (seed 1154): the base and its commit were ignored while the first read of the record was under way, so the record named a
+/// backup in sync that did not know it, and nobody took over.
+#[test]
+fn a_backup_whose_base_is_faster_than_the_arbiters_first_answer_is_in_sync() {
+    let (owner, me) = (node_ref(A, 1), node_ref(B, 2));
+    let mut core = Core::new(CoreConfig {
+        vm: VM,
+        me: me.clone(),
+        peer: owner.node.clone(),
+        role: Role::Backup,
+        highest_generation: Generation(0),
+        on_backup_loss: OnBackupLoss::Solo,
+        cold_start: ColdStart::Owner,
+        force_cold_boot: false,
+        timers: CoreTimers::default(),
+    });
+    core.handle(Input::Started, ms(0));
+    core.handle(Input::BaseBegun { owner: owner.clone() }, ms(10));
+    core.handle(Input::BaseCommitted { peer: owner.clone(), epoch: Epoch(1) }, ms(20));
+    let record = Record {
+        v: RECORD_VERSION,
+        cluster_id: VM,
+        generation: Generation(1),
+        owner: owner.clone(),
+        in_sync: Some(me),
+        reason: Reason::Protected,
+        written_by: owner,
+        note: String::new(),
+    };
+    let read = Answer::Read(Ok(Some(Versioned { revision: Revision(2), record })));
+    core.handle(Input::Arbiter { op: OpId(1), answer: read }, ms(30));
+    assert_eq!(core.state_name(), StateName::InSync);
+    core.handle(Input::LinkLost(LinkLoss::PeerClosed), ms(40));
+    let actions = core.handle(Input::Tick, ms(100));
+    assert!(actions.iter().any(|a| matches!(a, Action::Arbiter { request: ArbiterRequest::Cas { .. }, .. })));
 }
 
 #[test]

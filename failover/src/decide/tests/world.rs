@@ -12,7 +12,7 @@ use crate::exit::ExitCode;
 
 pub(super) const A: usize = 0;
 pub(super) const B: usize = 1;
-const VM: VmId = VmId(0x77);
+pub(super) const VM: VmId = VmId(0x77);
 const DELAY: Duration = Duration::from_micros(200);
 const EPOCH: Duration = Duration::from_millis(25);
 const HEARTBEAT: Duration = Duration::from_millis(20);
@@ -109,7 +109,7 @@ pub(super) struct World {
     forced: bool,
 }
 
-fn node_ref(node: usize, incarnation: u128) -> NodeRef {
+pub(super) fn node_ref(node: usize, incarnation: u128) -> NodeRef {
     let name = if node == A { "a" } else { "b" };
     NodeRef { node: NodeName::new(name).unwrap(), incarnation: Incarnation(incarnation) }
 }
