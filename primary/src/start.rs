@@ -58,6 +58,8 @@ fn look(host: &mut Host, actions: Vec<Action>) -> Option<Start> {
             Some(Action::BootGuest(permit)) => return Some(Start::Boot(permit, actions.collect())),
             Some(Action::OfferAsBackup) => return Some(Start::OfferAsBackup),
             Some(Action::Exit(code)) => return Some(Start::Exit(code)),
+            // Nobody is connected yet.
+            Some(Action::SayGoodbye(_)) => {}
             Some(other) => log::error!("an action that is not for a starting process: {other:?}"),
         }
     }

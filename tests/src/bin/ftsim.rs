@@ -93,7 +93,14 @@ fn worlds(args: &Args, next: &AtomicU64, sum: &Mutex<Sum>, stop: &AtomicBool) {
             return;
         }
         let seed = args.first_seed + number;
-        let Outcome { violation, seen, trace: _, notes, lasted } = World::live(Plan::draw(seed), args.trace);
+        // An assert of the pair that fires is a violation, too.
+        let lived = std::panic::catch_unwind(|| World::live(Plan::draw(seed), args.trace));
+        let Ok(Outcome { violation, seen, trace: _, notes, lasted }) = lived else {
+            let text = format!("seed {seed}: a panic");
+            eprintln!("VIOLATION {text}\n  replay: cargo sim -- --seeds 1 --first-seed {seed} --trace");
+            sum.lock().expect("no thread panics").violations.push((seed, text));
+            continue;
+        };
         notes.iter().for_each(|line| println!("{line}"));
         let mut sum = sum.lock().expect("no world panics");
         sum.seen.add(&seen);

@@ -414,6 +414,7 @@ impl Process {
                         env.become_backup(base.who);
                         return Some(ExitCode::Ok);
                     }
+                    Err(Action::SayGoodbye(_)) => {}
                     Err(other) => panic!("an action that is not for a starting process: {other:?}"),
                 }
             }
