@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BinaryHeap};
 use std::time::Duration;
 
 use bytes::Bytes;
-use failover::arbiter::Record;
+use failover::arbiter::{Reason, Record};
 use failover::decide::{Answer, ArbiterRequest, OpId};
 use primary::protect::Session;
 use replication_proto::{Generation, Incarnation};
@@ -352,6 +352,14 @@ impl Env {
 
     /// A process asks the arbiter.
     pub fn ask_arbiter(&mut self, who: Who, op: OpId, request: ArbiterRequest) {
+        if let ArbiterRequest::Cas { record, .. } = &request
+            && matches!(
+                record.reason,
+                Reason::Created | Reason::ColdStart | Reason::Takeover | Reason::Switchover | Reason::Forced
+            )
+        {
+            self.ghost.asks_for(who, record.generation.0, self.persisted[who.node].0);
+        }
         let fate = self.conditions.fate(who.node, &mut self.rng);
         let travel = self.rng.range(100_000, 3_000_000) + self.conditions.arbiter_slow;
         let now = self.now;
