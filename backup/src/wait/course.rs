@@ -46,7 +46,9 @@ pub struct Course {
     /// The primary at the other end of the data connection.
     owner: Option<NodeRef>,
     committed: Epoch,
-    /// When to ask the peer which process runs there; only while the decision core wants to know.
+    /// The decision core wants to know which process runs on the peer's host, and no primary has connected since.
+    asks: bool,
+    /// When to ask it.
     ask_at: Option<Duration>,
 }
 
@@ -84,7 +86,13 @@ impl Course {
                     self.decide(Input::PeerGoodbye { peer, reason: core_goodbye(reason) }, decider, now, out);
                 }
             }
-            Event::Pulse(PulseReport::Closed(end)) => log::info!("heartbeat connection: {end}"),
+            Event::Pulse(PulseReport::Closed(end)) => {
+                log::info!("heartbeat connection: {end}");
+                if self.asks {
+                    // Whoever runs there next is another process.
+                    self.ask_at = Some(now + ASK_INTERVAL);
+                }
+            }
             Event::NobodyThere => self.ask_at = Some(now + ASK_INTERVAL),
             Event::Input(input) => self.decide(input, decider, now, out),
         }
@@ -105,7 +113,7 @@ impl Course {
         match event {
             IntakeEvent::Opened(peer) => {
                 self.owner = Some(node_of(&peer));
-                self.ask_at = None;
+                (self.asks, self.ask_at) = (false, None);
                 self.decide(Input::HigherGenerationSeen(peer.generation), decider, now, out);
                 self.decide(heard(&peer, None), decider, now, out);
             }
@@ -156,11 +164,48 @@ impl Course {
         for action in decider.decide(input, now) {
             owns |= matches!(action, Action::Activate(_) | Action::BootGuest(_));
             match action {
-                Action::AskPeer => self.ask_at = Some(now),
+                Action::AskPeer => (self.asks, self.ask_at) = (true, Some(now)),
                 // Nothing of a standby is ever let out.
                 Action::HoldOutput | Action::DropBackup | Action::SayGoodbye(_) if !owns => {}
                 other => out.push(Order::Do(other)),
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use failover::decide::{ColdStart, CoreConfig, CoreTimers, OnBackupLoss, Role};
+    use primary::pulse::PulseEnd;
+    use replication_proto::{Generation, Incarnation, NodeName, VmId};
+
+    fn node(name: &str, incarnation: u128) -> NodeRef {
+        NodeRef { node: NodeName::new(name).unwrap(), incarnation: Incarnation(incarnation) }
+    }
+
+    fn decider() -> Decider {
+        Decider::new(CoreConfig {
+            vm: VmId(1),
+            me: node("a", 1),
+            peer: node("b", 2).node,
+            role: Role::Primary,
+            highest_generation: Generation(0),
+            on_backup_loss: OnBackupLoss::Solo,
+            cold_start: ColdStart::Owner,
+            force_cold_boot: false,
+            timers: CoreTimers::default(),
+        })
+    }
+
+    /// Found by the simulator (seed 10036): the peer was asked once, died, and came back as another process, and both sides waited for ever.
+    #[test]
+    fn a_peer_that_answered_and_died_is_asked_again() {
+        let (mut course, mut decider) = (Course { asks: true, ..Course::default() }, decider());
+        let now = Duration::from_secs(7);
+        course.on(Event::Pulse(PulseReport::Closed(PulseEnd::EndOfFile)), &mut decider, now);
+        assert_eq!(course.deadline(), Some(now + ASK_INTERVAL));
+        let orders = course.on_time(&mut decider, now + ASK_INTERVAL);
+        assert!(orders.iter().any(|order| matches!(order, Order::AskPeer)));
     }
 }

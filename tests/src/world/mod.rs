@@ -489,13 +489,11 @@ impl World {
         let Some(client) = usize::try_from(said.client).ok().filter(|client| *client < CLIENTS) else { return };
         let of = &mut self.clients[client];
         if said.registers.boot > of.boot {
-            (of.boot, of.asked) = (said.registers.boot, of.asked.max(said.registers.done[client]));
+            // A guest that was booted anew knows nothing: the client begins where it is.
+            (of.boot, of.asked) = (said.registers.boot, said.registers.done[client]);
         }
-        if self.env.ghost.answered(client, of.asked, &said) || said.registers.boot == of.boot {
-            let done = said.registers.done[client];
-            if done + 1 != of.asked || done == of.asked {
-                of.asked = done.max(of.asked.min(done + 1)) + 1;
-            }
+        if self.env.ghost.answered(client, of.asked, &said) {
+            of.asked += 1;
             let pause = self.env.rng.range(2 * MS, 40 * MS);
             self.client_at(client, pause);
         }
