@@ -10,7 +10,7 @@
 
 use std::time::Duration;
 
-use replication_proto::{Epoch, Generation};
+use replication_proto::{Epoch, Generation, Incarnation};
 
 use crate::arbiter::{ArbiterError, CasOutcome, NodeRef, RECORD_VERSION, Reason, Record, Revision, Versioned};
 use crate::detector::{Detector, Evidence};
@@ -608,6 +608,14 @@ impl Core {
         if self.state == State::Standby && self.detector.watched().is_none() {
             self.standby.owner = Some(peer.clone());
         }
+    }
+
+    /// Watches this process of the peer from now on. What another one said of itself is not its word.
+    fn watch(&mut self, incarnation: Incarnation, now: Duration) {
+        if self.detector.watched() != Some(incarnation) {
+            self.report = None;
+        }
+        self.detector.watch(incarnation, now);
     }
 
     fn evidence(&self, now: Duration) -> Option<Evidence> {

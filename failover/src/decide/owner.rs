@@ -191,7 +191,7 @@ impl Core {
             return;
         }
         if let Some(backup) = self.waiting.take() {
-            self.detector.watch(backup.incarnation, now);
+            self.watch(backup.incarnation, now);
             out.push(Action::StartBase { backup: backup.clone() });
             self.go(State::Resync { backup }, ReasonCode::BaseCopy, now);
         }

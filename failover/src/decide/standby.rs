@@ -16,7 +16,7 @@ impl Core {
         if self.mine.is_some() || owner.node != self.config.peer || !waits {
             return;
         }
-        self.detector.watch(owner.incarnation, now);
+        self.watch(owner.incarnation, now);
         self.standby = StandbyFacts { owner: Some(owner), ..StandbyFacts::default() };
         self.reason = ReasonCode::Hollow;
     }
