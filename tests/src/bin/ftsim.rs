@@ -9,7 +9,7 @@ use anyhow::Context;
 use clap::Parser;
 use serde::Serialize;
 use tests::check::Seen;
-use tests::world::{Outcome, Plan, World};
+use tests::world::{Outcome, Plan, World, twice};
 
 /// Simulates the pair: real protocol and decision cores, virtual time, network, arbiter and guest, and everything that can go wrong.
 #[derive(Parser, Debug)]
@@ -24,6 +24,13 @@ struct Args {
     /// Worlds at one time; as many as there are cores unless told.
     #[arg(long)]
     threads: Option<usize>,
+    /// Instead of drawn worlds: ordered pairs of faults at every step of a scripted run, every `STRIDE`-th of them.
+    #[arg(long, value_name = "STRIDE")]
+    double_faults: Option<usize>,
+    /// Instead: breaks one rule of the pair after another, and fails unless a world notices each.
+    #[cfg(feature = "mutants")]
+    #[arg(long)]
+    mutants: bool,
     /// Tells what happens in each world, line by line.
     #[arg(long)]
     trace: bool,
@@ -64,7 +71,15 @@ struct Sum {
 }
 
 fn main() -> anyhow::Result<ExitCode> {
-    let args = Args::parse();
+    let mut args = Args::parse();
+    #[cfg(feature = "mutants")]
+    if args.mutants {
+        return Ok(if mutants(&args) { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+    }
+    if let Some(stride) = args.double_faults {
+        args.seeds = u64::try_from(twice::count().div_ceil(stride.max(1)))?;
+    }
+    let args = args;
     let threads = args.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
     let threads = if args.trace { 1 } else { threads.max(1) };
     let began = Instant::now();
@@ -92,13 +107,13 @@ fn worlds(args: &Args, next: &AtomicU64, sum: &Mutex<Sum>, stop: &AtomicBool) {
             stop.store(true, Ordering::Relaxed);
             return;
         }
-        let seed = args.first_seed + number;
+        let (name, replay) = name(args, number);
         // An assert of the pair that fires is a violation, too.
-        let lived = std::panic::catch_unwind(|| World::live(Plan::draw(seed), args.trace));
-        let Ok(Outcome { violation, seen, trace: _, notes, lasted }) = lived else {
-            let text = format!("seed {seed}: a panic");
-            eprintln!("VIOLATION {text}\n  replay: cargo sim -- --seeds 1 --first-seed {seed} --trace");
-            sum.lock().expect("no thread panics").violations.push((seed, text));
+        let lived = std::panic::catch_unwind(|| live(args, number));
+        let Ok(Outcome { violation, seen, notes, lasted, .. }) = lived else {
+            let text = format!("{name}: a panic");
+            eprintln!("VIOLATION {text}\n  replay: {replay}");
+            sum.lock().expect("no thread panics").violations.push((number, text));
             continue;
         };
         notes.iter().for_each(|line| println!("{line}"));
@@ -106,11 +121,70 @@ fn worlds(args: &Args, next: &AtomicU64, sum: &Mutex<Sum>, stop: &AtomicBool) {
         sum.seen.add(&seen);
         sum.lasted += lasted;
         if let Some(violation) = violation {
-            let text = format!("seed {seed}: {}: {}", violation.guarantee, violation.what);
-            eprintln!("VIOLATION {text}\n  replay: cargo sim -- --seeds 1 --first-seed {seed} --trace");
-            sum.violations.push((seed, text));
+            let text = format!("{name}: {}: {}", violation.guarantee, violation.what);
+            eprintln!("VIOLATION {text}\n  replay: {replay}");
+            sum.violations.push((number, text));
         }
     }
+}
+
+/// The name of the `number`-th world, and the command that lives through it again.
+fn name(args: &Args, number: u64) -> (String, String) {
+    let at = args.first_seed + number;
+    match args.double_faults {
+        None => (format!("seed {at}"), format!("cargo sim -- --seeds 1 --first-seed {at} --trace")),
+        Some(stride) => {
+            let at = at * stride as u64;
+            let all = twice::count();
+            (format!("pair {at}"), format!("cargo sim -- --double-faults {all} --first-seed {at} --trace"))
+        }
+    }
+}
+
+fn live(args: &Args, number: u64) -> Outcome {
+    let at = args.first_seed + number;
+    match args.double_faults {
+        None => World::live(Plan::draw(at), args.trace),
+        // A stride over everything replays one pair, by its number.
+        Some(stride) if stride >= twice::count() => {
+            twice::live(&twice::scenario(usize::try_from(at).unwrap_or(0)), args.trace)
+        }
+        Some(stride) => twice::live(&twice::scenario(usize::try_from(at).unwrap_or(0) * stride), args.trace),
+    }
+}
+
+/// Breaks one rule after another. True when every one was noticed.
+#[cfg(feature = "mutants")]
+fn mutants(args: &Args) -> bool {
+    use replication_proto::mutant::{Mutant, activate};
+    std::panic::set_hook(Box::new(|_| {}));
+    let mut survivors = 0;
+    for mutant in Mutant::ALL {
+        let began = Instant::now();
+        activate(Some(mutant));
+        let caught = (args.first_seed..args.first_seed + args.seeds).find_map(|seed| {
+            let lived = std::panic::catch_unwind(|| World::live(Plan::draw(seed), false));
+            match lived {
+                Err(_) => Some((seed, 0, "an assert of the pair".to_owned())),
+                Ok(outcome) => {
+                    outcome.violation.map(|v| (seed, outcome.events, format!("{}: {}", v.guarantee, v.what)))
+                }
+            }
+        });
+        activate(None);
+        let seconds = began.elapsed().as_secs_f64();
+        match caught {
+            Some((seed, events, what)) => {
+                println!("caught    {mutant:?} in {seconds:.1} s: seed {seed}, event {events}: {what}");
+            }
+            None => {
+                survivors += 1;
+                println!("SURVIVED  {mutant:?}: {} worlds, {seconds:.1} s", args.seeds);
+            }
+        }
+    }
+    println!("{survivors} of {} broken rules survived", Mutant::ALL.len());
+    survivors == 0
 }
 
 fn progress(args: &Args, next: &AtomicU64, stop: &AtomicBool, began: Instant) {

@@ -162,6 +162,7 @@ pub struct Env {
     boots: u64,
     births: BTreeMap<u128, Who>,
     trace: u64,
+    happened: u64,
     notes: Option<Vec<String>>,
 }
 
@@ -184,6 +185,7 @@ impl Env {
             boots: 0,
             births: BTreeMap::new(),
             trace: 0,
+            happened: 0,
             notes: noted.then(Vec::new),
         }
     }
@@ -203,6 +205,7 @@ impl Env {
         }
         let Reverse(Planned { at, event, .. }) = self.queue.pop()?;
         self.now = at;
+        self.happened += 1;
         self.trace = mix(self.trace ^ at.rotate_left(20) ^ event.tag());
         Some(event)
     }
@@ -210,6 +213,11 @@ impl Env {
     /// Everything that happened so far, folded into one number.
     pub fn trace(&self) -> u64 {
         self.trace
+    }
+
+    /// How many things happened so far.
+    pub fn happened(&self) -> u64 {
+        self.happened
     }
 
     /// What happened, in words.

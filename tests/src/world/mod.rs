@@ -19,6 +19,7 @@ pub mod owner;
 pub mod process;
 pub mod register;
 mod strike;
+pub mod twice;
 pub mod waiter;
 
 use env::{Env, Event};
@@ -123,7 +124,14 @@ impl Plan {
 
     /// A world in which nothing fails by itself.
     pub fn calm(seed: u64) -> Self {
-        Self { kinds: Vec::new(), on_backup_loss: OnBackupLoss::Solo, jitter: 20_000, ..Self::draw(seed) }
+        Self {
+            kinds: Vec::new(),
+            interval: Duration::from_millis(25),
+            on_backup_loss: OnBackupLoss::Solo,
+            retry: Duration::from_millis(50),
+            jitter: 20_000,
+            ..Self::draw(seed)
+        }
     }
 }
 
@@ -136,6 +144,8 @@ pub struct Outcome {
     pub seen: Seen,
     /// What happened, folded into one number.
     pub trace: u64,
+    /// How many things happened.
+    pub events: u64,
     /// What happened, in words, if words were asked for.
     pub notes: Vec<String>,
     /// World time when it ended.
@@ -233,6 +243,7 @@ impl World {
             violation: self.env.ghost.violation().cloned(),
             seen: self.env.ghost.seen,
             trace: mix(self.env.trace() ^ self.env.ghost.seen.released),
+            events: self.env.happened(),
             notes: self.env.notes(),
             lasted: Duration::from_nanos(self.env.now),
         }
@@ -244,6 +255,18 @@ impl World {
             match self.env.next(until) {
                 Some(event) => self.happen(event),
                 None => return,
+            }
+        }
+    }
+
+    /// The next so many things happen, or fewer until a guarantee is broken.
+    pub fn run_events(&mut self, count: usize) {
+        for _ in 0..count {
+            if self.env.ghost.violation().is_some() {
+                return;
+            }
+            if let Some(event) = self.env.next(Nanos::MAX) {
+                self.happen(event);
             }
         }
     }
@@ -284,7 +307,7 @@ impl World {
         let deadline = self.env.now + RECOVERY;
         while self.env.now < deadline && self.env.ghost.violation().is_none() {
             let before = self.env.ghost.seen.answers;
-            self.run_until(self.env.now + SECOND);
+            self.run_until(self.env.now + 250 * MS);
             if self.is_whole() && self.env.ghost.seen.answers > before {
                 return;
             }
