@@ -155,7 +155,9 @@ impl Core {
             // No record named this backup and none can: the last successful solo write still holds (R3).
             return self.gone_solo(false, now, out);
         }
-        self.go(State::Contending { backup: None }, reason, now);
+        // The isolation timer runs from the beginning of the contest, whatever is lost during it.
+        let since = if matches!(self.state, State::Contending { .. }) { self.since } else { now };
+        self.go(State::Contending { backup: None }, reason, since);
     }
 
     /// Row 20: a link that flaps is not answered with a storm of base copies and writes to the arbiter.

@@ -21,6 +21,8 @@ pub enum Way {
     Lost,
     /// Some answers are lost, some requests done much later.
     Lossy,
+    /// What is asked is done, and every answer is lost.
+    Deaf,
 }
 
 /// How bad things are now.
@@ -78,6 +80,7 @@ impl Conditions {
             Way::Open => Fate::Served,
             Way::Refused => Fate::Refused,
             Way::Lost => Fate::Lost,
+            Way::Deaf => Fate::AnswerLost,
             Way::Lossy => match rng.range(0, 10) {
                 0..4 => Fate::Served,
                 4..7 => Fate::AnswerLost,

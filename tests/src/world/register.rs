@@ -74,4 +74,11 @@ impl Register {
         self.rolled_back = true;
         true
     }
+
+    /// Somebody writes what is none of this pair's business.
+    pub fn usurp(&mut self, record: Record) {
+        let revision = Revision(self.stored.as_ref().map_or(1, |v| v.revision.0 + 1));
+        self.past.extend(self.stored.take());
+        self.stored = Some(Versioned { revision, record });
+    }
 }

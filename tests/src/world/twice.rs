@@ -22,6 +22,7 @@ pub fn kinds() -> Vec<Fault> {
             Fault::Arbiter(node, Way::Refused),
             Fault::Arbiter(node, Way::Lost),
             Fault::Arbiter(node, Way::Lossy),
+            Fault::Arbiter(node, Way::Deaf),
             Fault::Command(node, Command::Switchover),
             Fault::Command(node, Command::Stop),
             Fault::Command(node, Command::Unprotect),
