@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use assert_cmd::Command;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use failover::arbiter::contract::sample;
@@ -21,7 +22,7 @@ use replication_proto::VmId;
 const KEY: &str = "/ft/00000000-0000-0000-0000-000000000007/record";
 const CLUSTER: u64 = 77;
 /// How long a request may take in these tests; some wait for it in vain.
-const TIMEOUT: Duration = Duration::from_millis(400);
+const TIMEOUT: Duration = Duration::from_secs(1);
 /// Far more than any of them needs: it says *bounded*, not *fast*.
 const BOUNDED: Duration = Duration::from_secs(20);
 
@@ -162,7 +163,7 @@ fn honest_but(path: &'static str, act: impl Fn(usize) -> Act + Send + Sync + 'st
 fn arbiter_with(fakes: &[&Fake], extra: &str) -> EtcdArbiter {
     let endpoints: Vec<&str> = fakes.iter().map(|fake| fake.url.as_str()).collect();
     let timeout = TIMEOUT.as_millis();
-    let text = format!("endpoints = {endpoints:?}\ntimeout = \"{timeout}ms\"\nconnect_timeout = \"200ms\"\n{extra}");
+    let text = format!("endpoints = {endpoints:?}\ntimeout = \"{timeout}ms\"\nconnect_timeout = \"1s\"\n{extra}");
     let section: EtcdSection = toml::from_str(&text).unwrap();
     EtcdArbiter::open(&section, VmId(7)).unwrap()
 }
@@ -437,4 +438,44 @@ fn old_servers_are_refused_or_told_of() {
     // Not to say one's version is no crime.
     let fake = honest_but("/version", |_| Act::Status(404, "", "not found".into()));
     assert!(arbiter(&[&fake]).read().is_ok());
+}
+
+/// As a person meets it; and what the environment says of proxies is not for us.
+#[test]
+fn ftctl_shows_the_record_and_asks_no_proxy() {
+    let proxy = Fake::start(|_, _| Act::Status(502, "", String::new()));
+    let fake = honest_but("/version", |_| Act::Json(r#"{"etcdserver":"3.4.23"}"#.into()));
+    let directory = tempfile::tempdir().unwrap();
+    let node = |name: &str, port: u16| {
+        format!(
+            "[nodes.{name}]\nreplication = \"127.0.0.1:{port}\"\ntap = \"t{name}\"\ncontrol = \"{name}.sock\"\nstate_dir = \"{name}\"\n"
+        )
+    };
+    let config = format!(
+        "[vm]\nname = \"web1\"\nid = \"00000000-0000-0000-0000-000000000007\"\nmemory = \"64MiB\"\nmachine = \"model\"\n\
+         [arbiter]\nkind = \"etcd\"\nendpoints = [{:?}]\n{}{}",
+        fake.url,
+        node("a", 7400),
+        node("b", 7401)
+    );
+    let path = directory.path().join("pair.toml");
+    std::fs::write(&path, config).unwrap();
+    let ftctl = |words: &[&str]| {
+        let mut command = Command::cargo_bin("ftctl").unwrap();
+        for name in ["http_proxy", "HTTP_PROXY", "ALL_PROXY", "https_proxy"] {
+            command.env(name, &proxy.url);
+        }
+        let output = command.arg("--config").arg(&path).args(words).timeout(BOUNDED).output().unwrap();
+        (output.status.code().unwrap(), String::from_utf8(output.stdout).unwrap())
+    };
+    let (code, table) = ftctl(&["arbiter", "show"]);
+    for expected in ["server      etcd 3.4.23", "upgrade it to 3.4.42", "generation  3", "revision    5", "latency"] {
+        assert!(code == 0 && table.contains(expected), "{expected}: {table}");
+    }
+    let (code, json) = ftctl(&["arbiter", "show", "--json"]);
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!((code, &json["etcd"]["key"], &json["revision"]), (0, &KEY.into(), &5.into()));
+    let (code, checked) = ftctl(&["config", "check"]);
+    assert!(code == 0 && checked.contains("# arbiter: etcd, one endpoint"), "{checked}");
+    assert!(proxy.seen.lock().unwrap().is_empty(), "a proxy was asked");
 }

@@ -4,6 +4,7 @@
 //! with the one that answered last. A read that fails goes to the next one. A compare-and-swap goes to the next one only if not a byte of it
 //! has left, or if etcd said that it did not carry it out; otherwise its outcome is unknown, and the decision core finds out.
 
+use std::fmt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -78,11 +79,19 @@ struct Endpoint {
     version: Option<Version>,
 }
 
-#[derive(Debug)]
 struct Login {
     user: String,
     password_file: PathBuf,
     token: Option<String>,
+}
+
+/// Without the token: it opens the same door as the password.
+impl fmt::Debug for Login {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { user, password_file, token } = self;
+        let token = if token.is_some() { "some token" } else { "no token" };
+        write!(f, "Login {{ {user:?}, {}, {token} }}", password_file.display())
+    }
 }
 
 /// What is known of the servers, for people.
