@@ -19,12 +19,12 @@ use crate::real::rng::mix;
 pub const PAGES: u64 = 64;
 /// Clients that the guest knows.
 pub const CLIENTS: usize = 2;
-/// First page that the program scribbles on; those before hold its state and what a capture writes.
-const SCRATCH: u64 = 4;
+/// First page that the program scribbles on; the one before holds its state and what a capture writes.
+const SCRATCH: u64 = 1;
 /// Where the program's state is.
 const STATE: u64 = 0;
 /// Written by every capture, as steal time is.
-const CAPTURES: u64 = 0x1000;
+const CAPTURES: u64 = 0x800;
 const VERSION: u16 = 1;
 
 /// What the guest is, but for its memory: lives in page 0, and a copy of it in the section, as registers would.
@@ -194,7 +194,7 @@ impl SimMachine {
         if number == self.registers.done[at] + 1 {
             self.registers.done[at] = number;
             self.turn(mix(client ^ number.rotate_left(17)));
-            self.write((1 + SCRATCH) * 4096 + client * 8, number);
+            self.write(0x400 + client * 8, number);
         }
         self.store();
         self.say(at);

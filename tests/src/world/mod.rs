@@ -111,7 +111,7 @@ impl Plan {
             .collect();
         Self {
             seed,
-            interval: Duration::from_millis(pick(&mut rng, &[1, 2, 5, 10, 25])),
+            interval: Duration::from_millis(pick(&mut rng, &[1, 1, 2, 5, 10, 25])),
             on_backup_loss: if rng.range(0, 8) == 0 { OnBackupLoss::Hold } else { OnBackupLoss::Solo },
             retry: Duration::from_millis(pick(&mut rng, &[50, 200])),
             jitter: pick(&mut rng, &[20_000, 300_000, 3 * MS, 20 * MS]),
