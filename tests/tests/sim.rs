@@ -16,7 +16,7 @@ fn swarm(live: impl Fn(u64) -> Option<Outcome> + Sync, enough: impl Fn(&Seen) ->
                     let number = next.fetch_add(1, Ordering::Relaxed);
                     let Some(outcome) = live(number) else { return };
                     assert_eq!(outcome.violation, None, "world {number}");
-                    let mut seen = seen.lock().unwrap();
+                    let mut seen = seen.lock().expect("no world panics under the lock");
                     seen.add(&outcome.seen);
                     if enough(&seen) {
                         return;
@@ -25,7 +25,7 @@ fn swarm(live: impl Fn(u64) -> Option<Outcome> + Sync, enough: impl Fn(&Seen) ->
             });
         }
     });
-    seen.into_inner().unwrap()
+    seen.into_inner().expect("no world panics under the lock")
 }
 
 #[test]

@@ -30,7 +30,7 @@ pub type LifeId = u32;
 #[derive(Clone, Debug)]
 struct Content {
     epoch: u64,
-    pages: [u64; PAGES as usize],
+    pages: [u64; PAGES],
 }
 
 /// What is true of one process's life.
@@ -40,7 +40,7 @@ struct Life {
     ended: Option<Nanos>,
     generation: Option<u64>,
     /// The page hashes of the running guest, as of the last checkpoint.
-    pages: Option<[u64; PAGES as usize]>,
+    pages: Option<[u64; PAGES]>,
     sealed: u64,
     /// Last epoch of which something was let out.
     released: u64,
@@ -268,7 +268,7 @@ impl Ghost {
             return self.broken("G2", format!("life {} ends an epoch and never had the right to run", who.life));
         };
         for page in (0..PAGES).filter(|p| touched >> p & 1 == 1) {
-            pages[usize::try_from(page).expect("few pages")] = machine.page_hash(page);
+            pages[page] = machine.page_hash(page);
         }
         let content = Content { epoch, pages: *pages };
         life.contents.push_back(content);
@@ -422,6 +422,6 @@ impl Ghost {
     }
 }
 
-fn hashes(machine: &SimMachine) -> [u64; PAGES as usize] {
-    std::array::from_fn(|page| machine.page_hash(u64::try_from(page).expect("few pages")))
+fn hashes(machine: &SimMachine) -> [u64; PAGES] {
+    std::array::from_fn(|page| machine.page_hash(page))
 }

@@ -16,7 +16,9 @@ use vmm::{ClockPolicy, DirtyLedger, DirtySet, Fact, GuestRam, Machine, Outputs, 
 use crate::real::rng::mix;
 
 /// Pages of memory: one word of every bitmap.
-pub const PAGES: u64 = 64;
+pub const PAGES: usize = 64;
+/// The same, as a page number.
+const PAGE_END: u64 = 64;
 /// Clients that the guest knows.
 pub const CLIENTS: usize = 2;
 /// First page that the program scribbles on; the one before holds its state and what a capture writes.
@@ -150,9 +152,10 @@ impl SimMachine {
     }
 
     /// The content of a page, hashed.
-    pub fn page_hash(&self, page: u64) -> u64 {
+    pub fn page_hash(&self, page: usize) -> u64 {
         let mut bytes = [0; PAGE_SIZE];
-        self.ram.copy_out(vmm::PageNo(page), &mut bytes).expect("a page of this machine");
+        let number = vmm::PageNo(u64::try_from(page).expect("a small number"));
+        self.ram.copy_out(number, &mut bytes).expect("a page of this machine");
         xxhash_rust::xxh3::xxh3_64(&bytes)
     }
 
@@ -167,7 +170,7 @@ impl SimMachine {
         }
         for n in 0..pages {
             self.turn(mix(self.registers.history ^ n));
-            let page = SCRATCH + self.registers.history % (PAGES - SCRATCH);
+            let page = SCRATCH + self.registers.history % (PAGE_END - SCRATCH);
             let offset = (self.registers.history >> 32) % 512 * 8;
             self.write(page * 4096 + offset, self.registers.history);
         }

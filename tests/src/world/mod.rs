@@ -196,7 +196,7 @@ impl World {
     pub fn new(plan: Plan, noted: bool) -> Self {
         let mut env = Env::new(Rng::new(plan.seed), noted);
         env.conditions.split_packet = 16;
-        env.conditions.slow_packet = if plan.seed % 4 == 0 { 64 } else { 0 };
+        env.conditions.slow_packet = if plan.seed.is_multiple_of(4) { 64 } else { 0 };
         env.conditions.keep_old_packets = plan.kinds.contains(&Kind::Replay);
         let node = |node, program| Node {
             process: None,

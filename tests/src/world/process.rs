@@ -217,6 +217,7 @@ impl Base {
     }
 
     /// Carries out what is the same on both sides; hands back what is not.
+    #[expect(clippy::result_large_err, reason = "not an error, and carried out at once")]
     pub fn carry_out(&mut self, action: Action, env: &mut Env) -> Result<Flow, Action> {
         match action {
             Action::Arbiter { op, request } => env.ask_arbiter(self.who, op, request),
