@@ -57,8 +57,11 @@ pub struct Limits {
     pub sample: usize,
 }
 
-/// What a state may contain, each with its test.
-const SIGHTS: [(&str, fn(&World) -> bool); 12] = [
+/// What a state may contain, and its test.
+type Sight = (&'static str, fn(&World) -> bool);
+
+/// All of them.
+const SIGHTS: [Sight; 12] = [
     ("solo", |w| state(w, StateName::Solo)),
     ("resync", |w| state(w, StateName::Resync)),
     ("protected", |w| state(w, StateName::Protected)),
