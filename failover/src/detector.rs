@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use replication_proto::Incarnation;
 
+use crate::decide::explore::Shift;
+
 /// Why the peer is believed to be gone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Evidence {
@@ -112,6 +114,14 @@ impl Detector {
             return Some(Evidence::Closed);
         }
         (now >= self.last_heard.saturating_add(silence)).then_some(Evidence::Silent)
+    }
+
+    /// See [`crate::decide::Core::canonicalise`].
+    pub(crate) fn canonicalise(&mut self, shift: Shift, silence: Duration, grace: Duration) {
+        // Without anybody to watch, and once the end is certain, it does not matter any more when something was heard.
+        let reach = if self.watched.is_some() && self.certain.is_none() { silence } else { Duration::ZERO };
+        self.last_heard = shift.past(self.last_heard, reach);
+        self.closed_at = self.closed_at.map(|at| shift.past(at, grace));
     }
 
     /// When evidence may appear if nothing is heard.

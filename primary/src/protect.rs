@@ -177,6 +177,20 @@ impl Protect {
         told.into_iter().chain([Step::Close(session)]).collect()
     }
 
+    /// For explorers of the state space: sessions that are over leave no trace in the numbers. Only while nothing that belongs to one of them can
+    /// still arrive.
+    #[doc(hidden)]
+    pub fn forget_past_sessions(&mut self) {
+        self.sessions = 0;
+        match &mut self.state {
+            State::Apart { .. } => {}
+            State::Greeting { session }
+            | State::Joined { session, .. }
+            | State::Base { session, .. }
+            | State::Epochs { session, .. } => (*session, self.sessions) = (Session(1), 1),
+        }
+    }
+
     /// The decision core wants the connection closed.
     pub fn drop_backup(&mut self, now: Duration) -> Option<Step> {
         let session = self.session()?;

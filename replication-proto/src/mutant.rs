@@ -40,11 +40,21 @@ pub enum Mutant {
     StopUnrecorded,
     /// The owner takes any backup's acknowledgement, not only that of the one in the record.
     AckOfAnyIncarnation,
+    /// An owner that hears of a higher generation runs on.
+    HigherGenerationIgnored,
+    /// The record names the backup as soon as its base is committed, without an epoch that covers what was let out meanwhile.
+    PairingUncovered,
+    /// A compare-and-swap without an answer is concluded to be done.
+    UnknownIsApplied,
+    /// A switchover's owner resumes the guest after its patience without asking the arbiter.
+    HandoverGivenUpBlindly,
+    /// An owner that loses its backup while the record may name it opens its output without asking.
+    PairingLostIsNeverNamed,
 }
 
 impl Mutant {
     /// Every one of them.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 23] = [
         Self::SoloWithoutCas,
         Self::TakeoverWithoutCas,
         Self::RecordWithoutIncarnation,
@@ -63,6 +73,11 @@ impl Mutant {
         Self::RollbackBelieved,
         Self::StopUnrecorded,
         Self::AckOfAnyIncarnation,
+        Self::HigherGenerationIgnored,
+        Self::PairingUncovered,
+        Self::UnknownIsApplied,
+        Self::HandoverGivenUpBlindly,
+        Self::PairingLostIsNeverNamed,
     ];
 }
 

@@ -10,6 +10,7 @@
 
 use std::time::Duration;
 
+use replication_proto::mutant::{Mutant, is};
 use replication_proto::{Epoch, Generation, Incarnation};
 
 use crate::arbiter::{ArbiterError, CasOutcome, NodeRef, RECORD_VERSION, Reason, Record, Revision, Versioned};
@@ -18,6 +19,7 @@ use crate::exit::ExitCode;
 use crate::permit::RunPermit;
 use crate::reason::ReasonCode;
 
+pub(crate) mod explore;
 mod owner;
 mod standby;
 mod start;
@@ -315,7 +317,18 @@ impl Core {
                 self.uncertain_at = None;
                 self.accept(Some(Versioned { revision, record }), now, out);
             }
+            (Request::Cas { expected, record }, Answer::Cas(CasOutcome::Unknown(_)))
+                if is(Mutant::UnknownIsApplied) =>
+            {
+                let revision = Revision(expected.map_or(1, |revision| revision.0 + 1));
+                self.accept(Some(Versioned { revision, record }), now, out);
+            }
             (Request::Cas { .. }, Answer::Cas(CasOutcome::Conflict)) => self.stale = true,
+            (Request::Cas { record, .. }, Answer::Cas(CasOutcome::Unknown(_)))
+                if is(Mutant::UncertainSyncIsFailure) && record.in_sync.is_some() =>
+            {
+                self.gone_solo(true, now, out);
+            }
             (Request::Cas { expected, .. }, Answer::Cas(CasOutcome::Unknown(_))) => {
                 self.uncertain_at = Some(expected);
                 self.stale = true;
@@ -393,6 +406,9 @@ impl Core {
     }
 
     fn rolled_back(&self, read: &Versioned) -> Option<String> {
+        if is(Mutant::RollbackBelieved) {
+            return None;
+        }
         if read.record.generation < self.highest {
             return Some(format!("record of generation {}, but {} was seen", read.record.generation, self.highest));
         }
@@ -535,7 +551,7 @@ impl Core {
     }
 
     fn higher_generation(&mut self, generation: Generation, now: Duration, out: &mut Vec<Action>) {
-        if generation <= self.highest {
+        if generation <= self.highest || (is(Mutant::HigherGenerationIgnored) && self.mine.is_some()) {
             return;
         }
         self.highest = generation;

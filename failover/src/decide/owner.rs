@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use replication_proto::Epoch;
+use replication_proto::mutant::{Mutant, is};
 
 use super::{
     Action, Command, CommandOutcome, Core, Evidence, FenceReason, Gate, GoodbyeReason, LinkLoss, MAX_STRIKES, NodeRef,
@@ -16,9 +17,10 @@ impl Core {
         if self.mine.is_none() || backup.node != self.config.peer {
             return;
         }
-        // A new connection while one is in use means that the old one is dead, whoever notices it first.
+        // A new connection while one is in use means that the old one is dead, whoever notices it first. The shell closes all there is: the backup
+        // will come again.
         if self.backup().is_some() {
-            self.lose(ReasonCode::BackupReplaced, now, out);
+            return self.lose(ReasonCode::BackupReplaced, now, out);
         }
         self.waiting = Some(backup);
     }
@@ -28,8 +30,14 @@ impl Core {
             return self.standby_base_committed(peer, epoch);
         }
         if matches!(&self.state, State::Resync { backup } if backup == peer) {
+            if is(Mutant::InSyncBeforeHolding) {
+                return self.go(State::Pairing { backup: peer.clone() }, ReasonCode::ClosingIn, now);
+            }
             // R5: hold first; what is let out from here on must be covered by an ack before the record names the backup.
             self.hold(out);
+            if is(Mutant::PairingUncovered) {
+                return self.go(State::Pairing { backup: peer.clone() }, ReasonCode::ClosingIn, now);
+            }
             self.go(State::Covering { backup: peer.clone() }, ReasonCode::ClosingIn, now);
         }
     }
@@ -144,9 +152,10 @@ impl Core {
             let text = "the backup was lost before it could take the guest over".to_owned();
             out.push(Action::Reply { ticket, outcome: CommandOutcome::Refused(text) });
         }
-        let never_named = matches!(self.state, State::Resync { .. } | State::Covering { .. });
+        let never_named = matches!(self.state, State::Resync { .. } | State::Covering { .. })
+            || (is(Mutant::PairingLostIsNeverNamed) && matches!(self.state, State::Pairing { .. }));
         self.hold(out);
-        out.push(Action::DropBackup);
+        self.drop_backup(out);
         self.count_loss(now);
         self.detector.forget();
         self.report = None;
@@ -158,6 +167,12 @@ impl Core {
         // The isolation timer runs from the beginning of the contest, whatever is lost during it.
         let since = if matches!(self.state, State::Contending { .. }) { self.since } else { now };
         self.go(State::Contending { backup: None }, reason, since);
+    }
+
+    /// There is one connection, whoever waits at its other end: after this nobody does.
+    fn drop_backup(&mut self, out: &mut Vec<Action>) {
+        self.waiting = None;
+        out.push(Action::DropBackup);
     }
 
     /// Row 20: a link that flaps is not answered with a storm of base copies and writes to the arbiter.
@@ -251,11 +266,14 @@ impl Core {
         if self.isolated(now) {
             return self.fence(FenceReason::Isolated, now, out);
         }
+        if is(Mutant::SoloWithoutCas) {
+            return self.gone_solo(backup.is_some(), now, out);
+        }
         if self.op.is_some() {
             return;
         }
         let in_sync = self.known.as_ref().and_then(|known| known.record.in_sync.clone());
-        if !self.stale && self.settled() {
+        if !self.stale && (self.settled() || is(Mutant::SoloFromBareRead)) {
             if in_sync.is_none() {
                 return self.gone_solo(backup.is_some(), now, out);
             }
@@ -279,10 +297,10 @@ impl Core {
         self.swap(record, now, out);
     }
 
-    fn gone_solo(&mut self, connected: bool, now: Duration, out: &mut Vec<Action>) {
+    pub(super) fn gone_solo(&mut self, connected: bool, now: Duration, out: &mut Vec<Action>) {
         if connected {
             // The record does not name it any more: it begins anew with a base.
-            out.push(Action::DropBackup);
+            self.drop_backup(out);
             self.count_loss(now);
         }
         self.detector.forget();
@@ -354,9 +372,12 @@ impl Core {
         if now >= until {
             let text = "the backup did not take over in time; the guest goes on here if the arbiter agrees".to_owned();
             out.push(Action::Reply { ticket, outcome: CommandOutcome::Refused(text) });
-            out.push(Action::DropBackup);
+            self.drop_backup(out);
             self.count_loss(now);
             self.detector.forget();
+            if is(Mutant::HandoverGivenUpBlindly) {
+                return self.gone_solo(false, now, out);
+            }
             return self.go(State::Contending { backup: None }, ReasonCode::SwitchoverGivenUp, now);
         }
         if self.due(now) {

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use replication_proto::Epoch;
+use replication_proto::mutant::{Mutant, is};
 
 use super::{
     Action, CommandOutcome, Core, Evidence, FenceReason, GoodbyeReason, NodeRef, Reason, ReasonCode, Request, Role,
@@ -12,7 +13,14 @@ use super::{
 impl Core {
     pub(super) fn base_begun(&mut self, owner: NodeRef, now: Duration) {
         // A base may be faster than the arbiter's first answer to this process.
-        let waits = matches!(self.state, State::Starting | State::Claiming { .. } | State::Standby | State::TakingOver);
+        let waits = matches!(
+            self.state,
+            State::Starting
+                | State::Claiming { .. }
+                | State::Standby
+                | State::TakingOver
+                | State::Forcing { fenced: None, .. }
+        );
         if self.mine.is_some() || owner.node != self.config.peer || !waits {
             return;
         }
@@ -55,9 +63,11 @@ impl Core {
     pub(super) fn may_take_over(&self) -> bool {
         self.standby.committed.is_some()
             && self.known.as_ref().is_some_and(|known| {
-                known.record.owner.node == self.config.peer
-                    && known.record.in_sync.as_ref() == Some(&self.config.me)
-                    && known.record.generation == self.highest
+                let named = known.record.in_sync.as_ref().is_some_and(|named| {
+                    *named == self.config.me
+                        || (is(Mutant::RecordWithoutIncarnation) && named.node == self.config.me.node)
+                });
+                known.record.owner.node == self.config.peer && named && known.record.generation == self.highest
             })
     }
 
@@ -106,6 +116,9 @@ impl Core {
         let Some(generation) = self.highest.checked_next() else {
             return self.raise(ReasonCode::ArbiterUnusable, "the 64 bits of the generation are used up".into(), out);
         };
+        if is(Mutant::TakeoverWithoutCas) {
+            return self.granted(generation, now, out);
+        }
         let (reason, note) = if self.standby.handed_over {
             (Reason::Switchover, "the owner handed the guest over")
         } else {
@@ -152,6 +165,16 @@ impl Core {
         let Some(generation) = self.highest.checked_next() else {
             return self.raise(ReasonCode::ArbiterUnusable, "the 64 bits of the generation are used up".into(), out);
         };
+        if fenced.is_none() && self.standby.committed.is_none() {
+            // A new base is being written over what there was.
+            return self.give_force_up(
+                ticket,
+                None,
+                "the owner began a new base: there is nothing to run from",
+                now,
+                out,
+            );
+        }
         if now >= until {
             return self.force_ran_out(ticket, without_arbiter, fenced, now, out);
         }
@@ -189,11 +212,22 @@ impl Core {
             self.blind = true;
             return self.granted(generation, now, out);
         }
+        self.give_force_up(ticket, fenced, "the arbiter does not answer", now, out);
+    }
+
+    fn give_force_up(
+        &mut self,
+        ticket: Ticket,
+        fenced: Option<FenceReason>,
+        why: &str,
+        now: Duration,
+        out: &mut Vec<Action>,
+    ) {
         let writing = matches!(self.op.as_ref().map(|op| &op.request), Some(Request::Cas { .. }));
         let outcome = if writing || self.uncertain_at.is_some() {
             CommandOutcome::Unknown("the arbiter's answer is lost; look again with `ftctl status`".into())
         } else {
-            CommandOutcome::Refused("the arbiter does not answer".into())
+            CommandOutcome::Refused(why.to_owned())
         };
         out.push(Action::Reply { ticket, outcome });
         match fenced {
@@ -201,6 +235,7 @@ impl Core {
                 let until = now.saturating_add(self.config.timers.fenced_keep);
                 self.go(State::Fenced { reason, until }, ReasonCode::Superseded, now);
             }
+            None if self.standby.committed.is_none() => self.go(State::Standby, ReasonCode::Hollow, now),
             None => self.go(State::Standby, ReasonCode::ArbiterUnreachable, now),
         }
     }

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use replication_proto::mutant::{Mutant, is};
+
 use super::{Action, ColdStart, Core, ExitCode, Reason, ReasonCode, Role, State};
 
 impl Core {
@@ -30,7 +32,7 @@ impl Core {
         if record.owner.node != self.config.me.node {
             return self.offer(ReasonCode::OwnedElsewhere, now, out);
         }
-        if record.in_sync.is_some() {
+        if record.in_sync.is_some() && !is(Mutant::RestartedPrimaryBoots) {
             // A restarted primary must not beat the takeover of its backup.
             self.offer(ReasonCode::RecordNamesBackup, now, out);
             out.push(Action::AskPeer);
@@ -57,7 +59,7 @@ impl Core {
             (Reason::Created, known) => known.is_none(),
             (Reason::ColdStart, Some(known)) => {
                 known.record.owner.node == self.config.me.node
-                    && (known.record.in_sync.is_none() || self.in_sync_is_dead())
+                    && (known.record.in_sync.is_none() || self.in_sync_is_dead() || is(Mutant::RestartedPrimaryBoots))
             }
             (Reason::ColdStart, None) => false,
             _ => true,

@@ -2,8 +2,10 @@
 
 use std::time::Duration;
 
+use replication_proto::mutant::{Mutant, is};
+
 use super::{
-    Action, CommandOutcome, Core, ExitCode, Gate, GoodbyeReason, GuestEnd, Reason, ReasonCode, State, Ticket,
+    Action, CommandOutcome, Core, ExitCode, Gate, GoodbyeReason, GuestEnd, Reason, ReasonCode, Request, State, Ticket,
     fence_exit,
 };
 
@@ -85,7 +87,7 @@ impl Core {
             && self.known.as_ref().is_some_and(|known| {
                 known.record.reason == Reason::Stopped && known.record.written_by == self.config.me
             });
-        if recorded {
+        if recorded || is(Mutant::StopUnrecorded) {
             // Nobody can take over any more, so what the guest said last may leave, acked or not.
             self.gate = Gate::Open;
             out.push(Action::OpenOutput);
@@ -96,6 +98,7 @@ impl Core {
         if now >= until {
             let takeover_possible = self.stale
                 || !self.settled()
+                || self.naming()
                 || self.known.as_ref().is_some_and(|known| known.record.in_sync.is_some());
             out.push(Action::SayGoodbye(GoodbyeReason::Stopped));
             self.stop_reply("stopped, but the arbiter could not be told", out);
@@ -113,6 +116,12 @@ impl Core {
         let me = self.config.me.clone();
         let record = self.record(mine, &me, None, Reason::Stopped, note);
         self.swap(record, now, out);
+    }
+
+    /// A compare-and-swap that names a backup is under way: it may have been done by now.
+    fn naming(&self) -> bool {
+        let request = self.op.as_ref().map(|op| &op.request);
+        matches!(request, Some(Request::Cas { record, .. }) if record.in_sync.is_some())
     }
 
     pub(super) fn stop_reply(&mut self, text: &str, out: &mut Vec<Action>) {

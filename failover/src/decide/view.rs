@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use replication_proto::mutant::{Mutant, is};
 use replication_proto::{Epoch, Generation};
 
 use super::{Core, Gate, NodeRef, ReasonCode, State, StateName, Versioned};
@@ -89,6 +90,9 @@ impl Core {
             StateName::InSync => {
                 let said = self.report.is_some_and(|(_, report)| report.protected) && partner_alive;
                 (said, said && fresh(arbiter_age))
+            }
+            StateName::Resync if is(Mutant::ProtectedTooEarly) => {
+                (matches!(self.state, State::Covering { .. } | State::Pairing { .. }), false)
             }
             _ => (false, false),
         };

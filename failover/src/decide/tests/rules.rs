@@ -417,3 +417,59 @@ fn a_data_connection_that_dies_alone_ends_protection_although_heartbeats_go_on()
     assert_eq!(world.running(), [A]);
     assert!(world.run_until(ms(3000), |world| world.state(A) == StateName::Protected).is_some());
 }
+
+#[test]
+fn a_backup_whose_connection_was_dropped_is_not_waited_for() {
+    let mut world = World::protected();
+    let backup = world.nodes[B].me.clone();
+    let bases = world.nodes[A].bases;
+    // It joins anew before its old connection is given up; the shell drops all there is. Nothing is heard of it any more.
+    world.cut = [true; 2];
+    world.input(A, Input::BackupJoined { backup });
+    world.run(ms(5000));
+    assert_eq!((world.state(A), world.nodes[A].bases), (StateName::Solo, bases), "no base for nobody");
+    world.cut = [false; 2];
+    assert!(world.run_until(ms(5000), |world| world.state(A) == StateName::Protected).is_some());
+}
+
+#[test]
+fn force_is_given_up_when_a_new_base_makes_the_standby_hollow() {
+    for without_arbiter in [false, true] {
+        let mut world = World::protected();
+        world.power_off(A);
+        world.nodes[B].service = Service::Down;
+        world.run(ms(1000));
+        world.command(B, Command::ForceTakeover { without_arbiter });
+        world.run(ms(100));
+        // The owner was not dead: it comes back with a base while the operator waits.
+        let owner = world.nodes[A].me.clone();
+        world.input(B, Input::BaseBegun { owner });
+        world.run(ms(10_000));
+        assert!(world.running().is_empty(), "nothing runs from half a base");
+        assert!(matches!(world.nodes[B].replies[..], [CommandOutcome::Refused(_)]), "{:?}", world.nodes[B].replies);
+        assert_eq!(world.state(B), StateName::Standby);
+    }
+}
+
+#[test]
+fn a_stop_beside_an_unanswered_sync_write_does_not_claim_that_nobody_takes_over() {
+    let mut world = World::new();
+    world.start(A, Role::Primary);
+    world.run(ms(100));
+    world.start(B, Role::Backup);
+    let resync = |world: &World| world.state(A) == StateName::Resync && world.view(A).gate == Gate::Held;
+    world.run_until(ms(2000), resync).expect("the last epoch before the write");
+    // The write that names the backup gets no answer at all.
+    let now = world.now;
+    let backup = world.nodes[B].me.clone();
+    let core = world.nodes[A].core.as_mut().expect("alive");
+    let asked = core.handle(Input::ReleasedCovered { backup, epoch: Epoch(9) }, now);
+    assert!(asked.iter().any(|action| matches!(action, Action::Arbiter { request: ArbiterRequest::Cas { .. }, .. })));
+    core.handle(Input::GuestEnded(GuestEnd::PoweredOff), now);
+    let ended = core.handle(Input::Tick, now + CoreTimers::default().stop_patience);
+    let code = ended.iter().find_map(|action| match action {
+        Action::Exit(code) => Some(*code),
+        _ => None,
+    });
+    assert_eq!(code, Some(ExitCode::StopNotRecorded));
+}

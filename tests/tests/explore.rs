@@ -1,0 +1,56 @@
+//! The exhaustive explorer, as far as it fits into every day: small configurations to their end.
+
+use tests::explore::heal::heal;
+use tests::explore::mind::Memory;
+use tests::explore::search::{Limits, Outcome, search, tell};
+use tests::explore::setup::Setup;
+
+/// One of so many states is repaired.
+const SAMPLE: usize = 499;
+
+fn explored(name: &str) -> Outcome {
+    let setup = Setup::named(name).expect("a configuration of this name");
+    let limits = Limits { threads: 1, states: 2_000_000, progress: false, mutant: None, sample: SAMPLE };
+    let outcome = search(&setup, limits);
+    if let Some(found) = &outcome.found {
+        panic!("{name}: {}", tell(&setup, found));
+    }
+    assert!(outcome.complete, "{name}: more than {} states", limits.states);
+    println!(
+        "{name}: {} states, {} steps, {:?}: {:?}",
+        outcome.states, outcome.transitions, outcome.took, outcome.seen
+    );
+    let mut memory = Memory::default();
+    for world in &outcome.sample {
+        if let Err(stuck) = heal(&setup, &mut memory, world) {
+            panic!("{name}: {stuck}");
+        }
+    }
+    outcome
+}
+
+/// The search was not vacuous: there are states that contain all of these.
+fn contains(outcome: &Outcome, sights: &[&str]) {
+    for sight in sights {
+        assert!(outcome.seen.get(sight).is_some_and(|count| *count > 0), "no state is {sight}: {:?}", outcome.seen);
+    }
+}
+
+#[test]
+fn connections_break_and_processes_die() {
+    let outcome = explored("calm");
+    contains(&outcome, &["solo", "resync", "protected", "in sync", "contending", "taken over", "fenced"]);
+    assert!(outcome.states >= 150_000, "{} states", outcome.states);
+}
+
+#[test]
+fn heartbeats_arrive_late() {
+    contains(&explored("beats"), &["protected", "taken over", "fenced"]);
+}
+
+#[test]
+fn the_record_is_set_back() {
+    let outcome = explored("rollback");
+    contains(&outcome, &["protected", "taken over", "restarted", "fenced"]);
+    assert!(outcome.states >= 200_000, "{} states", outcome.states);
+}
