@@ -1,6 +1,7 @@
 //! What the tests of the pair share.
 
 pub mod bench;
+pub mod history;
 pub mod machine;
 pub mod points;
 pub mod real;
