@@ -3,7 +3,7 @@
 
 use std::ffi::c_void;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
@@ -28,8 +28,17 @@ pub(super) fn die_with_parent(command: &mut Command) {
     unsafe { command.pre_exec(arm) };
 }
 
+/// `PACKET_VNET_HDR` of `linux/if_packet.h`.
+const PACKET_VNET_HDR: i32 = 15;
+
 /// A socket that sees every frame coming in on any interface of the calling thread's namespace, in order.
 pub(super) struct PacketSocket(OwnedFd);
+
+impl AsFd for PacketSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
 
 /// Where and what of one frame.
 pub(super) struct Packet {
@@ -56,6 +65,36 @@ impl PacketSocket {
             libc::timeval { tv_sec: i64::from(timeout_ms / 1_000), tv_usec: i64::from(timeout_ms % 1_000) * 1_000 };
         socket.set(libc::SOL_SOCKET, libc::SO_RCVTIMEO, &timeout)?;
         Ok(socket)
+    }
+
+    /// Narrows the socket to one interface, and makes each frame carry the kernel's notes on its checksum and segments in front, both
+    /// ways: so that frames which a sender left half finished for its network card can be passed on as they are.
+    pub(super) fn on_one_wire(self, interface: u32) -> io::Result<Self> {
+        self.set(libc::SOL_PACKET, PACKET_VNET_HDR, &1_i32)?;
+        // SAFETY: all-zero is a valid `sockaddr_ll`.
+        let mut to: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+        to.sll_family = u16::try_from(libc::AF_PACKET).expect("a small constant");
+        to.sll_protocol = u16::try_from(libc::ETH_P_ALL).expect("a 16-bit number").to_be();
+        to.sll_ifindex = i32::try_from(interface).map_err(io::Error::other)?;
+        let len = libc::socklen_t::try_from(size_of::<libc::sockaddr_ll>()).expect("an address's size");
+        // SAFETY: the address is valid for reads of the length given.
+        let result = unsafe { libc::bind(self.0.as_raw_fd(), (&raw const to).cast(), len) };
+        if result != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // Between its making and its binding the socket heard every interface.
+        let mut strays = 0;
+        while strays < 1_000 && self.receive(&mut [0; 64])?.is_some() {
+            strays += 1;
+        }
+        Ok(self)
+    }
+
+    /// Sends what [`Self::receive`] of such a socket gave.
+    pub(super) fn send(&self, bytes: &[u8]) -> io::Result<()> {
+        // SAFETY: the buffer is valid for reads of its length.
+        let sent = unsafe { libc::send(self.0.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), libc::MSG_DONTWAIT) };
+        if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 
     fn set<T>(&self, level: i32, option: i32, value: &T) -> io::Result<()> {
@@ -85,7 +124,14 @@ impl PacketSocket {
         match usize::try_from(got) {
             Ok(len) => Ok(Some(Packet { interface: u32::try_from(from.sll_ifindex).unwrap_or(0), len })),
             Err(_) => match io::Error::last_os_error() {
-                e if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => Ok(None),
+                // An interface that goes down says so once; it may come back.
+                e if matches!(
+                    e.kind(),
+                    io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted | io::ErrorKind::NetworkDown
+                ) =>
+                {
+                    Ok(None)
+                }
                 e => Err(e),
             },
         }
