@@ -24,9 +24,9 @@ const PAUSE_US: u64 = 100_000;
 pub struct Turn {
     /// The host.
     pub from: Node,
-    /// When its first frame was read, microseconds of [`clock::mono_us`].
+    /// When its first frame came, microseconds of [`clock::mono_us`].
     pub first_us: u64,
-    /// When its last frame was read.
+    /// When its last frame came.
     pub last_us: u64,
     /// How many there were.
     pub frames: u64,
@@ -96,7 +96,9 @@ fn watch(
             && let Some(frame) = buffer.get(..packet.len)
             && frame.get(6..12) == Some(&GUEST_MAC)
         {
-            notes.lock().unwrap_or_else(PoisonError::into_inner).frame(from, clock::mono_us(), frame);
+            let age_us = u64::try_from(socket.age().as_micros()).unwrap_or(0);
+            let at_us = clock::mono_us().saturating_sub(age_us);
+            notes.lock().unwrap_or_else(PoisonError::into_inner).frame(from, at_us, frame);
         }
     }
     Ok(())

@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::process::{Signal, getpid, getppid, set_parent_process_death_signal};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
@@ -28,6 +29,8 @@ pub(super) fn die_with_parent(command: &mut Command) {
     unsafe { command.pre_exec(arm) };
 }
 
+/// `SIOCGSTAMPNS` of `asm-generic/sockios.h`, the form for 64-bit times.
+const SIOCGSTAMPNS: libc::Ioctl = 0x8907;
 /// `PACKET_VNET_HDR` of `linux/if_packet.h`.
 const PACKET_VNET_HDR: i32 = 15;
 
@@ -103,6 +106,23 @@ impl PacketSocket {
         let result =
             unsafe { libc::setsockopt(self.0.as_raw_fd(), level, option, std::ptr::from_ref(value).cast(), len) };
         if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+
+    /// How long ago the frame that was received last had come in: a busy host may let us wait for the processor.
+    pub(super) fn age(&self) -> Duration {
+        // SAFETY: all-zero is a valid `timespec`.
+        let mut stamp: libc::timespec = unsafe { std::mem::zeroed() };
+        // SAFETY: this request writes one `timespec`.
+        let result = unsafe { libc::ioctl(self.0.as_raw_fd(), SIOCGSTAMPNS, &raw mut stamp) };
+        let parts = (u64::try_from(stamp.tv_sec), u32::try_from(stamp.tv_nsec));
+        match parts {
+            (Ok(seconds), Ok(nanos)) if result == 0 => {
+                let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+                since.saturating_sub(Duration::new(seconds, nanos))
+            }
+            // The first question only makes the kernel begin to stamp.
+            _ => Duration::ZERO,
+        }
     }
 
     /// The next frame, `None` when none came in time.

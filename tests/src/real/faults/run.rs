@@ -255,6 +255,12 @@ impl Runner<'_> {
         while stage.load.oldest_answer_us() <= since_us {
             self.check_clients(stage, deadline)?;
         }
+        if quiet {
+            // Nobody may still ask for a digest when others begin to write.
+            self.era += 1;
+            stage.load.quiet(self.era, Known::default());
+            self.wait_turned(stage)?;
+        }
         self.era += 1;
         stage.load.write(self.era);
         self.wait_turned(stage)?;
@@ -334,9 +340,9 @@ impl Runner<'_> {
         Ok(())
     }
 
-    /// Whether the owner had left protection by itself just before the first act.
+    /// Whether the owner had left protection before it was killed: by itself on a busy host, or because its cables were dead first.
     fn was_alone_before(&self, stage: &mut Stage, began_us: u64) -> Result<bool> {
-        let before = began_us.saturating_sub(2_000_000)..began_us;
+        let before = began_us.saturating_sub(2_000_000)..stage.killed_us.unwrap_or(began_us);
         let logs = stage.poll()?;
         let left =
             |e: &crate::real::events::Event| before.contains(&e.mono_us) && e.from.as_deref() == Some("protected");

@@ -70,6 +70,8 @@ pub(super) struct Stage {
     deeds: [Deeds; 2],
     cut: Vec<Wire>,
     switched: bool,
+    /// When a process was killed last in this round, microseconds.
+    pub(super) killed_us: Option<u64>,
     rng: Rng,
     /// Guests that were resumed by force after the winner had died.
     pub(super) resumed: u64,
@@ -113,6 +115,7 @@ impl Stage {
             deeds: [Deeds::default(); 2],
             cut: Vec::new(),
             switched: false,
+            killed_us: None,
             rng,
             resumed: 0,
             owner: Node::A,
@@ -128,6 +131,7 @@ impl Stage {
     pub(super) fn begin_round(&mut self) {
         self.deeds = [Deeds::default(); 2];
         self.switched = false;
+        self.killed_us = None;
     }
 
     /// Whether the record names a backup in sync at this moment.
@@ -188,7 +192,7 @@ impl Stage {
             Act::Kill(node) => {
                 if self.lives(node)? {
                     self.deeds[at(node)].killed = true;
-                    self.pair.kill(node)?;
+                    self.killed_us = Some(self.pair.kill(node)?);
                 }
             }
             Act::Unplug(node) => {
@@ -448,7 +452,7 @@ impl Stage {
             && let Some(fenced) = fenced
         {
             self.pair
-                .ftctl(fenced, &["failover", "--force", "--confirm", "demo"])?
+                .ftctl(fenced, &["failover", "--force", "--confirm", "demo", "--yes"])?
                 .success("ftctl failover --force")?;
             self.resumed += 1;
             return Ok(None);
