@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 use failover::{RunPermit, failpoint};
 use primary::host::Host;
 use primary::output::held::{HELD_SECTION, HeldError, HeldFrames};
+use primary::ram_digest::{self, RAM_DIGEST_SECTION, RamDigestError};
 use primary::runner::{Runner, RunnerEvent};
 use replication_proto::Epoch;
 use vmm::machine::{RestoreError, RunError};
-use vmm::{ClockPolicy, Machine, Section};
+use vmm::{ClockPolicy, Machine, Section, SectionKind};
 
 use crate::commit::Holding;
 use crate::inbound::Inbound;
@@ -38,6 +39,8 @@ pub struct Activated {
     pub epoch: Epoch,
     /// Frames of that epoch that were sent again.
     pub resent: usize,
+    /// Digest of all of RAM, when the checkpoint carried one.
+    pub ram_digest: Option<u128>,
     /// From the permit until the guest ran.
     pub took: Duration,
 }
@@ -51,6 +54,9 @@ pub enum ActivateError {
     /// The committed state is not one that this machine can run from.
     #[error("the committed state cannot be restored")]
     Restore(#[from] RestoreError),
+    /// Memory is not what it was on the primary.
+    #[error("the standby's memory is not that of the committed checkpoint")]
+    Memory(#[from] RamDigestError),
     /// The held frames of the last epoch are unreadable.
     #[error(transparent)]
     Held(#[from] HeldError),
@@ -79,9 +85,11 @@ pub fn activate(
     let (holding, inbound) = link.close();
     failpoint!(TakeoverClosed => return Err(failpoint::injected().into()));
     // 2. Every committed checkpoint is in memory.
-    let applied = applier.finish().ok_or(ActivateError::Hollow)?;
+    let mut applied = applier.finish().ok_or(ActivateError::Hollow)?;
     let epoch = applied.epoch;
     failpoint!(TakeoverApplied => return Err(failpoint::injected().into()));
+    let digest = take_section(&mut applied.sections, RAM_DIGEST_SECTION);
+    let ram_digest = digest.map(|digest| ram_digest::compare(&digest, standby.machine().ram())).transpose()?;
     // 3. vCPUs, interrupt controllers, devices and clocks, as of the same instant.
     let mut machine = standby.into_machine();
     let held = restore(&mut *machine, holding, applied)?;
@@ -100,7 +108,7 @@ pub fn activate(
     let parts = host.epoch_parts();
     let runner = Runner::start(machine, parts, epoch, host.config.epoch.interval, host.clock.clone(), tell)?;
     runner.run(permit)?;
-    Ok(Activated { runner, epoch, resent: held.frames.len(), took: began.elapsed() })
+    Ok(Activated { runner, epoch, resent: held.frames.len(), ram_digest, took: began.elapsed() })
 }
 
 /// Step 3: puts the last committed state into a machine whose memory holds it already. Returns what the guest said in that epoch.
@@ -108,9 +116,12 @@ pub fn activate(
 /// # Errors
 /// The state is not one that this machine can run from.
 pub fn restore(machine: &mut dyn Machine, holding: Holding, applied: Applied) -> Result<HeldFrames, ActivateError> {
-    let Applied { epoch, sections } = applied;
+    let Applied { epoch, mut sections } = applied;
     assert_eq!(holding, Holding::Whole(epoch), "memory holds exactly the last committed epoch");
-    let (held, sections) = split_held(sections)?;
+    let held = match take_section(&mut sections, HELD_SECTION) {
+        Some(held) => HeldFrames::decode(held.version, &held.bytes)?,
+        None => HeldFrames::default(),
+    };
     machine.restore(&sections, ClockPolicy::ResumeFromCheckpoint)?;
     Ok(held)
 }
@@ -124,12 +135,8 @@ pub fn deliver(machine: &mut dyn Machine, inbound: &Inbound, taps: Vec<(u8, Vec<
     }
 }
 
-fn split_held(mut sections: Vec<Section>) -> Result<(HeldFrames, Vec<Section>), HeldError> {
-    match sections.iter().position(|s| s.kind == HELD_SECTION) {
-        Some(at) => {
-            let held = sections.remove(at);
-            Ok((HeldFrames::decode(held.version, &held.bytes)?, sections))
-        }
-        None => Ok((HeldFrames::default(), sections)),
-    }
+/// Takes a section out that is not the machine's.
+fn take_section(sections: &mut Vec<Section>, kind: SectionKind) -> Option<Section> {
+    let at = sections.iter().position(|section| section.kind == kind)?;
+    Some(sections.remove(at))
 }

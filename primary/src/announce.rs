@@ -2,13 +2,22 @@
 //! repeated for a few seconds because the first ones may be lost while switches and cables settle (rule R8).
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::output::Gate;
+use crate::output::queue::Mode;
 use crate::output::speakers::Speaker;
 
 /// When the announcement is made, counted from the activation.
 const SCHEDULE_MS: [u64; 8] = [0, 50, 150, 300, 600, 1_000, 2_000, 4_000];
+
+/// How long the announcer sleeps at a time: a process that was stopped shows by a sleep that was far longer than this.
+const NAP: Duration = Duration::from_millis(20);
+/// A nap that took so much longer means that this process did not run.
+const OVERSLEPT: Duration = Duration::from_millis(80);
+/// After that nothing is announced for so long. The other side may have taken over meanwhile, and the decision core, which has slept as
+/// long, needs a moment to find out; the gate falls silent then.
+const WARY: Duration = Duration::from_millis(200);
 
 const BROADCAST: [u8; 6] = [0xff; 6];
 const ETHERTYPE_ARP: u16 = 0x0806;
@@ -32,13 +41,55 @@ pub fn announce(gate: &Arc<Gate>, macs: &[[u8; 6]], speakers: &[Speaker]) -> std
     let say = |gate: &Gate| frames.iter().for_each(|(nic, frame)| gate.send_for_guest(*nic, frame));
     say(gate);
     let (gate, repeated) = (Arc::clone(gate), frames.clone());
-    std::thread::Builder::new().name("ft-announce".into()).spawn(move || {
-        for pause in SCHEDULE_MS.windows(2) {
-            std::thread::sleep(Duration::from_millis(pause[1] - pause[0]));
-            repeated.iter().for_each(|(nic, frame)| gate.send_for_guest(*nic, frame));
-        }
-    })?;
+    std::thread::Builder::new().name("ft-announce".into()).spawn(move || repeat(&gate, &repeated))?;
     Ok(())
+}
+
+/// The later announcements. One made by a side that has lost the guest would lead its frames astray until the new owner speaks again.
+fn repeat(gate: &Gate, frames: &[(u8, Vec<u8>)]) {
+    let began = Instant::now();
+    let mut sleep = Sleep::default();
+    for due in SCHEDULE_MS.into_iter().skip(1).map(Duration::from_millis) {
+        loop {
+            let now = began.elapsed();
+            let left = due.saturating_sub(now);
+            if left.is_zero() {
+                break;
+            }
+            let nap = left.min(NAP);
+            std::thread::sleep(nap);
+            sleep.napped(nap, now, began.elapsed());
+        }
+        for (nic, frame) in frames {
+            let lets_out = matches!(gate.mode(), Mode::Open | Mode::OnCommit);
+            if lets_out && sleep.is_awake(began.elapsed()) {
+                gate.send_for_guest(*nic, frame);
+            }
+        }
+    }
+}
+
+/// Whether this process has run without a longer interruption.
+#[derive(Default)]
+struct Sleep {
+    last: Duration,
+    overslept_at: Option<Duration>,
+}
+
+impl Sleep {
+    /// A nap of `meant` is over, which began at `from`.
+    fn napped(&mut self, meant: Duration, from: Duration, now: Duration) {
+        if now.saturating_sub(from) > meant + OVERSLEPT {
+            self.overslept_at = Some(now);
+        }
+        self.last = now;
+    }
+
+    /// Whether what was known at the end of the last nap still counts.
+    fn is_awake(&self, now: Duration) -> bool {
+        let stopped_since = now.saturating_sub(self.last) > OVERSLEPT;
+        !stopped_since && self.overslept_at.is_none_or(|at| now.saturating_sub(at) >= WARY)
+    }
 }
 
 /// An ARP or RARP request about the sender itself (RFC 826, RFC 903; gratuitous: RFC 5227), padded to the least Ethernet length.
@@ -61,6 +112,22 @@ fn arp_frame(ethertype: u16, operation: u16, mac: [u8; 6], ipv4: [u8; 4]) -> Vec
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn whoever_was_stopped_says_nothing_for_a_while() {
+        let ms = Duration::from_millis;
+        let mut sleep = Sleep::default();
+        sleep.napped(NAP, ms(0), ms(25));
+        assert!(sleep.is_awake(ms(26)));
+        assert!(!sleep.is_awake(ms(2_000)), "stopped after the nap");
+        // Stopped during a nap that ends just when an announcement is due.
+        sleep.napped(NAP, ms(30), ms(4_000));
+        assert!(!sleep.is_awake(ms(4_000)));
+        for from in (4_000..4_200).step_by(20) {
+            sleep.napped(NAP, ms(from), ms(from + 20));
+        }
+        assert!(sleep.is_awake(ms(4_200)));
+    }
 
     #[test]
     fn one_rarp_for_each_card_and_one_arp_for_each_speaker() {

@@ -14,6 +14,7 @@ use crate::metrics::Metrics;
 use crate::mirror::Mirror;
 use crate::output::Gate;
 use crate::output::held::{HELD_SECTION, HELD_VERSION, HeldFrames};
+use crate::ram_digest::digest_section;
 use crate::staging::{Arena, StagedPages};
 
 /// One checkpoint, owned: nothing in it refers to guest memory.
@@ -41,6 +42,8 @@ pub struct EpochParts {
     pub mirror: Arc<Mirror>,
     /// Where the time goes.
     pub metrics: Arc<Metrics>,
+    /// Whether each checkpoint carries a digest of all of RAM.
+    pub ram_digest: bool,
 }
 
 /// What the guest does after a checkpoint.
@@ -177,6 +180,9 @@ pub fn stage(
     // 6. Copy them out; from here on nothing refers to guest memory.
     let staging = Instant::now();
     let pages = parts.arena.stage(paused.ram(), &dirty)?;
+    if parts.ram_digest {
+        sections.push(digest_section(paused.ram())?);
+    }
     let stage = staging.elapsed();
     failpoint!(EpochStaged => return Err(RunError::Ended("a failpoint says so".into()).into()));
     // 7. The guest runs on. What follows happens beside it.

@@ -58,6 +58,9 @@ pub enum Event<'a> {
         epoch: Epoch,
         /// Frames of that epoch that were sent again.
         resent: usize,
+        /// Digest of all of RAM, when the checkpoint carried one and it was the same.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        ram_digest: Option<String>,
     },
     /// The guest ended by itself.
     GuestEnded {

@@ -105,6 +105,7 @@ impl Host {
             arena: Arc::clone(&self.arena),
             mirror: Arc::clone(&self.mirror),
             metrics: Arc::clone(&self.metrics),
+            ram_digest: self.config.epoch.ram_digest,
         }
     }
 

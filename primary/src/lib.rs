@@ -35,6 +35,7 @@ pub mod owner;
 pub mod pacer;
 pub mod protect;
 pub mod pulse;
+pub mod ram_digest;
 pub mod runner;
 pub mod setup;
 pub mod staging;

@@ -2,7 +2,7 @@
 //! No machine is needed: a server in a host's namespace plays the guest.
 
 use std::collections::HashMap;
-use std::io::{BufReader, ErrorKind, Write};
+use std::io::{BufReader, ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::Command;
 use std::sync::{Arc, Mutex};
@@ -13,6 +13,7 @@ use tests::real::client::{Writer, WriterConfig};
 use tests::real::counters::Counters;
 use tests::real::network::{GUEST_IP, GUEST_MAC, GUEST_PORT, Network, Wire, replication_ip};
 use tests::real::resp::{Connection, Reply, read_reply};
+use tests::real::shaper::{Shape, Shaper, Shapes};
 use tests::real::watch::{Watch, changes};
 use tests::real::{Node, clock, tools};
 
@@ -111,6 +112,60 @@ fn wires_can_be_cut_and_mended() {
     network.cut(&[Wire::Replication]).unwrap();
     assert!(!replication_works(&network));
     network.mend(&[Wire::Replication]).unwrap();
+    assert!(replication_works_soon(&network));
+}
+
+/// Sends so many bytes from host a to host b, which sends one back when it has them all; how long that took, if it worked.
+fn transfer(network: &Network, bytes: usize) -> Option<Duration> {
+    let listener = network.host(Node::B).run(|| TcpListener::bind((replication_ip(Node::B), 7400))).ok()?;
+    let taking = thread::spawn(move || {
+        let (mut stream, _) = listener.accept()?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        let mut got = vec![0; bytes];
+        stream.read_exact(&mut got)?;
+        assert!(
+            got.iter().enumerate().all(|(at, byte)| usize::from(*byte) == at % 251),
+            "what arrives is what was sent"
+        );
+        stream.write_all(b"!")
+    });
+    let began = Instant::now();
+    let address = (replication_ip(Node::B).parse::<std::net::Ipv4Addr>().ok()?, 7400);
+    let stream = network.host(Node::A).run(move || TcpStream::connect_timeout(&address.into(), PATIENCE));
+    let sent = stream.and_then(|mut stream| {
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.write_all(&(0..bytes).map(|at| u8::try_from(at % 251).expect("small")).collect::<Vec<_>>())?;
+        stream.read_exact(&mut [0])
+    });
+    let took = began.elapsed();
+    let taken = taking.join().expect("what arrives is what was sent");
+    sent.and(taken).ok().map(|()| took)
+}
+
+/// A bad wire carries what it does not lose, late or slowly as it was told, and the good one works again afterwards.
+#[test]
+fn a_wire_can_be_made_bad() {
+    let network = Network::new().unwrap();
+    assert!(replication_works_soon(&network));
+    let through = |shape: Shape, bytes: usize| {
+        let shaper = Shaper::start(&network, Shapes::both(shape), 1).unwrap();
+        let took = transfer(&network, bytes);
+        assert!(shaper.finish(&network).unwrap() > 0);
+        took
+    };
+    let good = through(Shape::GOOD, 32 << 20).expect("a good wire");
+    println!("32 MiB over a good wire in {good:?}");
+    let late = through(Shape { delay: Duration::from_millis(30), ..Shape::GOOD }, 1 << 20).expect("a late wire");
+    assert!(late >= Duration::from_millis(120), "{late:?}");
+    println!("1 MiB over a late wire in {late:?}");
+    let slow = through(Shape { rate: 4 << 20, ..Shape::GOOD }, 2 << 20).expect("a slow wire");
+    assert!(slow >= Duration::from_millis(450), "{slow:?}");
+    println!("2 MiB over a slow wire in {slow:?}");
+    let shape = Shape { delay: Duration::from_millis(1), lost_permille: 20, overtaken_permille: 100, ..Shape::GOOD };
+    println!("1 MiB over a lossy wire in {:?}", through(shape, 1 << 20).expect("a lossy wire"));
+    let deaf = Shaper::start(&network, Shapes::deaf(Node::B), 1).unwrap();
+    assert!(!replication_works(&network));
+    deaf.finish(&network).unwrap();
     assert!(replication_works_soon(&network));
 }
 

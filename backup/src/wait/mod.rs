@@ -290,9 +290,10 @@ impl Waiter {
             told.send(OwnerEvent::Runner(event)).ok();
         });
         match activated {
-            Ok(Activated { runner, epoch, resent, took }) => {
+            Ok(Activated { runner, epoch, resent, ram_digest, took }) => {
                 let activate_us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
-                host.events.write(&FileEvent::Activated { activate_us, epoch, resent });
+                let ram_digest = ram_digest.map(|digest| format!("{digest:032x}"));
+                host.events.write(&FileEvent::Activated { activate_us, epoch, resent, ram_digest });
                 Owner::new(host, runner, guest, epoch, (tell, events)).run(pending)
             }
             Err(error) => {

@@ -189,6 +189,8 @@ pub struct EpochSection {
     /// Time from one checkpoint to the next.
     #[serde(with = "units::span")]
     pub interval: Duration,
+    /// Whether each checkpoint carries a digest of all of RAM, which an activation compares. For tests: about 0.15 ms of pause for each MiB.
+    pub ram_digest: bool,
 }
 
 /// `[timers]`
@@ -373,7 +375,7 @@ mod defaults {
 
     impl Default for EpochSection {
         fn default() -> Self {
-            Self { interval: Duration::from_millis(25) }
+            Self { interval: Duration::from_millis(25), ram_digest: false }
         }
     }
 

@@ -1,5 +1,6 @@
 //! The gate: the [`queue`](super::queue) behind a lock, with the way out attached.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -21,6 +22,9 @@ pub struct Gate {
     world: Arc<dyn World>,
     clock: Clock,
     metrics: Arc<Metrics>,
+    max_hold: Duration,
+    /// Frames that were released in time and were too old when their turn to be written came.
+    dropped_late: AtomicU64,
 }
 
 struct State {
@@ -31,8 +35,10 @@ struct State {
 impl Gate {
     /// A silent gate: nothing leaves and nothing is kept until [`Gate::open`].
     pub fn new(limits: QueueLimits, world: Arc<dyn World>, clock: Clock, metrics: Arc<Metrics>) -> Arc<Self> {
+        let max_hold = limits.max_hold;
         let state = Mutex::new(State { queue: OutputQueue::new(limits), speakers: Speakers::default() });
-        Arc::new(Self { state, exit: Mutex::new(()), world, clock, metrics })
+        let dropped_late = AtomicU64::new(0);
+        Arc::new(Self { state, exit: Mutex::new(()), world, clock, metrics, max_hold, dropped_late })
     }
 
     /// Fixes the outputs of the epoch that ends now. Only while the guest is paused. `None`: this side was fenced meanwhile.
@@ -89,7 +95,11 @@ impl Gate {
 
     /// Counters since the start.
     pub fn counters(&self) -> QueueCounters {
-        self.lock().queue.counters()
+        let late = self.dropped_late.load(Ordering::Relaxed);
+        let mut counters = self.lock().queue.counters();
+        counters.released = counters.released.saturating_sub(late);
+        counters.dropped_late += late;
+        counters
     }
 
     /// The addresses that the guest is known to speak from.
@@ -117,7 +127,14 @@ impl Gate {
     }
 
     fn write(&self, released: Vec<Released>) {
+        let began = self.clock.now();
         for Released { output, held } in released {
+            // This process may be stopped between two frames for any time; what it says afterwards must not be older than R8 allows.
+            let held = held + self.clock.now().saturating_sub(began);
+            if matches!(output, Output::Frame { .. }) && held > self.max_hold {
+                self.dropped_late.fetch_add(1, Ordering::Relaxed);
+                continue;
+            }
             self.metrics.output_held(held);
             self.send(&output);
         }
@@ -154,5 +171,64 @@ impl vmm::Outputs for Gate {
 
     fn console(&self, bytes: &[u8]) {
         self.push(Output::Console(Bytes::copy_from_slice(bytes)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use failover::status::{Labels, NodeRole, StatusBoard};
+    use replication_proto::Incarnation;
+    use vmm::Outputs as _;
+
+    const MAX_HOLD: Duration = Duration::from_millis(400);
+
+    /// A LAN on which the process is stopped while it writes its first frame.
+    #[derive(Default)]
+    struct StoppedAtFirst(Mutex<Vec<u8>>);
+
+    impl World for StoppedAtFirst {
+        fn frame(&self, _nic: u8, frame: &[u8]) {
+            let mut seen = self.0.lock().unwrap();
+            if seen.is_empty() {
+                std::thread::sleep(MAX_HOLD + Duration::from_millis(50));
+            }
+            seen.push(frame[0]);
+        }
+
+        fn console(&self, bytes: &[u8]) {
+            self.0.lock().unwrap().extend_from_slice(bytes);
+        }
+    }
+
+    /// R8 holds for each frame when it is written, not for all of them when they are released; console bytes are never dropped.
+    #[test]
+    fn frames_do_not_outlive_a_stop_in_the_middle_of_their_release() {
+        let world = Arc::new(StoppedAtFirst::default());
+        let limits = QueueLimits { bytes: 1_000, max_hold: MAX_HOLD };
+        let labels = Labels {
+            vm: "t".into(),
+            vm_id: String::new(),
+            machine: "model",
+            node: "a".into(),
+            peer: "b".into(),
+            incarnation: Incarnation(1),
+            epoch_interval: MAX_HOLD,
+            output_limit: 0,
+            insecure_link: false,
+        };
+        let metrics = Arc::new(Metrics::new(StatusBoard::new(&labels, NodeRole::Primary)));
+        let gate = Gate::new(limits, Arc::clone(&world) as Arc<dyn World>, Clock::start(), metrics);
+        gate.open();
+        gate.hold();
+        gate.frame(0, &[1]);
+        gate.frame(0, &[2]);
+        gate.console(&[3]);
+        gate.seal(Epoch(1)).unwrap();
+        gate.release_on_commit();
+        gate.committed(Epoch(1));
+        assert_eq!(*world.0.lock().unwrap(), [1, 3]);
+        let QueueCounters { released, dropped_late, .. } = gate.counters();
+        assert_eq!((released, dropped_late), (2, 1));
     }
 }

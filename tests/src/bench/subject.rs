@@ -82,7 +82,13 @@ impl Subject {
         set_load(heard, host_end, pages)?;
         machine.track_dirty(true)?;
         gate.hold();
-        let parts = EpochParts { gate, arena: Arena::new(ARENA_BYTES), mirror: Arc::new(Mirror::default()), metrics };
+        let parts = EpochParts {
+            gate,
+            arena: Arena::new(ARENA_BYTES),
+            mirror: Arc::new(Mirror::default()),
+            metrics,
+            ram_digest: false,
+        };
         // Long enough for each page of the working set to be written once, whatever the guest's timer adds.
         let round = Duration::from_micros(u64::from(pages) * 1_000_000 / RATE);
         let mut subject =

@@ -104,6 +104,18 @@ impl Network {
         &self.client
     }
 
+    /// Plugs one more client into the guest LAN, in a namespace of its own, with an address that ends in `number`.
+    pub fn add_client(&self, number: u8) -> Result<NetNs> {
+        let client = NetNs::new(&format!("client-{number}"))?;
+        let there = client.path().display().to_string();
+        self.client.ip(&format!(
+            "link add lan-c{number} type veth peer name lan0 netns {there}\n\
+             link set lan-c{number} master lan up\n"
+        ))?;
+        client.ip(&format!("addr add 10.77.0.{number}/24 dev lan0\nlink set lan0 up\n"))?;
+        Ok(client)
+    }
+
     /// Cuts wires, all at once.
     pub fn cut(&self, wires: &[Wire]) -> Result<()> {
         self.set(wires, "down")

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -296,6 +296,14 @@ impl Pair {
         let mut command = Command::new(self.artifacts.program("ftctl"));
         command.arg("--config").arg(&self.config).args(["--node", node.as_str()]).args(words);
         tools::run(self.network.host(node), command, "", CTL_LIMIT)
+    }
+
+    /// Starts `ftctl` against a host's process and lets it run; what it says is dropped. It dies with the pair.
+    pub fn start_ftctl(&self, node: Node, words: &[&str]) -> Result<Child> {
+        let mut command = Command::new(self.artifacts.program("ftctl"));
+        command.arg("--config").arg(&self.config).args(["--node", node.as_str()]).args(words);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        self.network.host(node).spawn(command).map_err(|e| tools::start_error("ftctl", e))
     }
 
     /// What a host's process says about itself.

@@ -53,6 +53,11 @@ impl Connection {
         Ok(Self { stream, reader: BufReader::new(reader) })
     }
 
+    /// A handle on the same connection, with which another thread can end it.
+    pub fn handle(&self) -> io::Result<TcpStream> {
+        self.stream.try_clone()
+    }
+
     /// Sends one command.
     pub fn send(&mut self, words: &[&str]) -> io::Result<()> {
         self.stream.write_all(encode(words).as_bytes())

@@ -3,9 +3,10 @@
 
 use std::ffi::c_void;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::process::{Signal, getpid, getppid, set_parent_process_death_signal};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
@@ -28,8 +29,19 @@ pub(super) fn die_with_parent(command: &mut Command) {
     unsafe { command.pre_exec(arm) };
 }
 
+/// `SIOCGSTAMPNS` of `asm-generic/sockios.h`, the form for 64-bit times.
+const SIOCGSTAMPNS: libc::Ioctl = 0x8907;
+/// `PACKET_VNET_HDR` of `linux/if_packet.h`.
+const PACKET_VNET_HDR: i32 = 15;
+
 /// A socket that sees every frame coming in on any interface of the calling thread's namespace, in order.
 pub(super) struct PacketSocket(OwnedFd);
+
+impl AsFd for PacketSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
 
 /// Where and what of one frame.
 pub(super) struct Packet {
@@ -58,12 +70,59 @@ impl PacketSocket {
         Ok(socket)
     }
 
+    /// Narrows the socket to one interface, and makes each frame carry the kernel's notes on its checksum and segments in front, both
+    /// ways: so that frames which a sender left half finished for its network card can be passed on as they are.
+    pub(super) fn on_one_wire(self, interface: u32) -> io::Result<Self> {
+        self.set(libc::SOL_PACKET, PACKET_VNET_HDR, &1_i32)?;
+        // SAFETY: all-zero is a valid `sockaddr_ll`.
+        let mut to: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+        to.sll_family = u16::try_from(libc::AF_PACKET).expect("a small constant");
+        to.sll_protocol = u16::try_from(libc::ETH_P_ALL).expect("a 16-bit number").to_be();
+        to.sll_ifindex = i32::try_from(interface).map_err(io::Error::other)?;
+        let len = libc::socklen_t::try_from(size_of::<libc::sockaddr_ll>()).expect("an address's size");
+        // SAFETY: the address is valid for reads of the length given.
+        let result = unsafe { libc::bind(self.0.as_raw_fd(), (&raw const to).cast(), len) };
+        if result != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // Between its making and its binding the socket heard every interface.
+        let mut strays = 0;
+        while strays < 1_000 && self.receive(&mut [0; 64])?.is_some() {
+            strays += 1;
+        }
+        Ok(self)
+    }
+
+    /// Sends what [`Self::receive`] of such a socket gave.
+    pub(super) fn send(&self, bytes: &[u8]) -> io::Result<()> {
+        // SAFETY: the buffer is valid for reads of its length.
+        let sent = unsafe { libc::send(self.0.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), libc::MSG_DONTWAIT) };
+        if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
     fn set<T>(&self, level: i32, option: i32, value: &T) -> io::Result<()> {
         let len = libc::socklen_t::try_from(size_of::<T>()).expect("an option's size");
         // SAFETY: `value` is valid for `len` bytes for the duration of the call.
         let result =
             unsafe { libc::setsockopt(self.0.as_raw_fd(), level, option, std::ptr::from_ref(value).cast(), len) };
         if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+
+    /// How long ago the frame that was received last had come in: a busy host may let us wait for the processor.
+    pub(super) fn age(&self) -> Duration {
+        // SAFETY: all-zero is a valid `timespec`.
+        let mut stamp: libc::timespec = unsafe { std::mem::zeroed() };
+        // SAFETY: this request writes one `timespec`.
+        let result = unsafe { libc::ioctl(self.0.as_raw_fd(), SIOCGSTAMPNS, &raw mut stamp) };
+        let parts = (u64::try_from(stamp.tv_sec), u32::try_from(stamp.tv_nsec));
+        match parts {
+            (Ok(seconds), Ok(nanos)) if result == 0 => {
+                let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+                since.saturating_sub(Duration::new(seconds, nanos))
+            }
+            // The first question only makes the kernel begin to stamp.
+            _ => Duration::ZERO,
+        }
     }
 
     /// The next frame, `None` when none came in time.
@@ -85,7 +144,14 @@ impl PacketSocket {
         match usize::try_from(got) {
             Ok(len) => Ok(Some(Packet { interface: u32::try_from(from.sll_ifindex).unwrap_or(0), len })),
             Err(_) => match io::Error::last_os_error() {
-                e if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => Ok(None),
+                // An interface that goes down says so once; it may come back.
+                e if matches!(
+                    e.kind(),
+                    io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted | io::ErrorKind::NetworkDown
+                ) =>
+                {
+                    Ok(None)
+                }
                 e => Err(e),
             },
         }

@@ -31,18 +31,7 @@ pub struct Watch {
 impl Watch {
     /// Begins to watch both hosts' ports of the guest LAN.
     pub fn start(network: &Network) -> Result<Self> {
-        let opened = network.client().run(|| -> std::io::Result<_> {
-            let any = socket(AddressFamily::INET, SocketType::DGRAM, None)?;
-            let a = name_to_index(&any, Wire::Lan(Node::A).port())?;
-            let b = name_to_index(&any, Wire::Lan(Node::B).port())?;
-            Ok((sys::PacketSocket::open(20)?, a, b))
-        });
-        let (socket, a, b) = opened.map_err(Error::io("cannot watch the guest LAN"))?;
-        let node_of = move |interface: u32| match interface {
-            i if i == a => Some(Node::A),
-            i if i == b => Some(Node::B),
-            _ => None,
-        };
+        let (socket, node_of) = lan_ports(network)?;
         let stop = Arc::new(AtomicBool::new(false));
         let thread = thread::Builder::new()
             .name("watch".into())
@@ -62,6 +51,25 @@ impl Watch {
         self.stop.store(true, Ordering::Release);
         self.thread.join().expect("the watch does not panic")
     }
+}
+
+/// A socket that sees what comes out of both hosts' cables on the guest LAN, and which host an interface's number belongs to.
+pub(super) fn lan_ports(
+    network: &Network,
+) -> Result<(sys::PacketSocket, impl Fn(u32) -> Option<Node> + Send + 'static)> {
+    let opened = network.client().run(|| -> std::io::Result<_> {
+        let any = socket(AddressFamily::INET, SocketType::DGRAM, None)?;
+        let a = name_to_index(&any, Wire::Lan(Node::A).port())?;
+        let b = name_to_index(&any, Wire::Lan(Node::B).port())?;
+        Ok((sys::PacketSocket::open(20)?, a, b))
+    });
+    let (socket, a, b) = opened.map_err(Error::io("cannot watch the guest LAN"))?;
+    let node_of = move |interface: u32| match interface {
+        i if i == a => Some(Node::A),
+        i if i == b => Some(Node::B),
+        _ => None,
+    };
+    Ok((socket, node_of))
 }
 
 fn watch(socket: &sys::PacketSocket, node_of: impl Fn(u32) -> Option<Node>, stop: &AtomicBool) -> Result<Vec<Seen>> {
