@@ -2,6 +2,7 @@
 
 pub mod bench;
 pub mod check;
+pub mod fuzz;
 pub mod machine;
 pub mod points;
 pub mod real;

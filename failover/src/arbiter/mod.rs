@@ -15,6 +15,8 @@ pub mod etcd;
 pub mod file;
 pub mod thread;
 
+use crate::text::harmless;
+
 pub use etcd::EtcdArbiter;
 pub use file::FileArbiter;
 pub use thread::{ArbiterThread, Completed};
@@ -146,7 +148,7 @@ impl Record {
         if bytes.len() > MAX_RECORD_BYTES {
             return Err(RecordError::TooLong(bytes.len()));
         }
-        let malformed = |error: serde_json::Error| RecordError::Malformed(error.to_string());
+        let malformed = |error: serde_json::Error| RecordError::Malformed(harmless(&error.to_string()));
         // The version first: a newer record may have fields that we do not know.
         let OnlyVersion { v } = serde_json::from_slice(bytes).map_err(malformed)?;
         if v > RECORD_VERSION {
