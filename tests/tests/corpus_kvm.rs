@@ -15,7 +15,7 @@ use vmm::machine::{RestoreError, RunError};
 use vmm::{ClockPolicy, KvmMachine, Machine, MachineConfig, PausedVm, Section, SocketPort};
 
 const CASES: u64 = 2_500;
-const RAM: u64 = 32 << 20;
+const RAM: u64 = 48 << 20;
 
 fn from_env(name: &str, default: u64) -> u64 {
     std::env::var(name).map_or(default, |v| v.parse().unwrap_or_else(|_| panic!("{name}={v:?} is not a number")))
@@ -35,7 +35,8 @@ fn ran(
     let client = Counter::start(frames, Arc::new(host_end), Vec::new());
     let began = Instant::now();
     while client.count() < 20 {
-        assert!(client.is_alive() && began.elapsed() < Duration::from_secs(20), "the guest serves nobody");
+        let waits = client.is_alive() && began.elapsed() < Duration::from_secs(60);
+        assert!(waits, "the guest serves nobody; its console:\n{}", String::from_utf8_lossy(&outputs.console()));
         std::thread::yield_now();
     }
     let mut paused = PausedVm::pause(&mut machine).expect("the guest stops");
