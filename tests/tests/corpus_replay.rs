@@ -112,6 +112,32 @@ fn texts_as_seeds(seeds: &mut Seeds) {
     }
 }
 
+/// Answers of an etcd, as its JSON gateway writes them.
+fn etcd_as_seeds(seeds: &mut Seeds) {
+    use failover::arbiter::etcd::wire::Call;
+    let asked: serde_json::Value = {
+        let call = Call::swap("/ft/x/record", None, &failover::arbiter::contract::sample(3)).unwrap();
+        serde_json::from_str(&call.body.unwrap()).unwrap()
+    };
+    let put = &asked["success"][0]["request_put"];
+    let header = r#""header":{"cluster_id":"12297829382473034410","member_id":"7","revision":"9","raft_term":"2"}"#;
+    let entry =
+        format!(r#"{{"key":{},"create_revision":"2","mod_revision":"5","value":{}}}"#, put["key"], put["value"]);
+    let answers = [
+        format!(r#"{{{header},"kvs":[{entry}],"count":"1"}}"#),
+        format!(r#"{{{header}}}"#),
+        format!(r#"{{{header},"succeeded":true,"responses":[{{"response_put":{{{header}}}}}]}}"#),
+        format!(r#"{{{header},"responses":[{{"response_range":{{{header},"kvs":[{entry}],"count":"1"}}}}]}}"#),
+        r#"{"header":{},"token":"abc.def"}"#.into(),
+        r#"{"etcdserver":"3.4.23","etcdcluster":"3.4.0"}"#.into(),
+        r#"{"error":"etcdserver: invalid auth token","message":"etcdserver: invalid auth token","code":16}"#.into(),
+        "<html><body>502 Bad Gateway</body></html>".into(),
+    ];
+    for (n, answer) in answers.into_iter().enumerate() {
+        seeds.insert(format!("etcd_reply/{n}"), [&[0, n.to_le_bytes()[0]], answer.as_bytes()].concat());
+    }
+}
+
 fn clients_as_seeds(seeds: &mut Seeds) {
     let requests = [
         "SET k v\r\nGET k\r\nAPPEND k w\r\nGETSET k x\r\nSTRLEN k\r\nGETDEL k\r\n",
@@ -132,6 +158,7 @@ fn corpus_seeds_are_those_of_the_generator() {
     let mut seeds = Seeds::new();
     frames_as_seeds(&mut seeds);
     texts_as_seeds(&mut seeds);
+    etcd_as_seeds(&mut seeds);
     clients_as_seeds(&mut seeds);
     for target in ["pages", "receiver_session", "sender_session", "pulse_session", "standby", "model_frames"] {
         for n in 0..8u64 {

@@ -9,13 +9,12 @@ use replication_proto::{Generation, Incarnation, NodeName, VmId};
 use serde::{Deserialize, Serialize};
 
 use crate::config::ArbiterSection;
+use crate::text::harmless;
 
 pub mod contract;
 pub mod etcd;
 pub mod file;
 pub mod thread;
-
-use crate::text::harmless;
 
 pub use etcd::EtcdArbiter;
 pub use file::FileArbiter;

@@ -23,13 +23,13 @@ pub use guest::{model_frames, resp};
 pub use sender::{pulse_session, sender_session};
 pub use session::receiver_session;
 pub use standby::standby;
-pub use text::{config, control, generation, record};
+pub use text::{config, control, etcd_reply, generation, record};
 
 /// What one target does with one input.
 pub type Body = fn(&[u8]);
 
 /// All targets by name: the name of the program in `tests/fuzz`, of its folder in `tests/corpus` and in `tests/corpus/regressions`.
-pub const TARGETS: [(&str, Body); 13] = [
+pub const TARGETS: [(&str, Body); 14] = [
     ("header", header),
     ("message", message),
     ("pages", pages),
@@ -40,6 +40,7 @@ pub const TARGETS: [(&str, Body); 13] = [
     ("control", control),
     ("config", config),
     ("record", record),
+    ("etcd_reply", etcd_reply),
     ("generation", generation),
     ("resp", resp),
     ("model_frames", model_frames),

@@ -52,6 +52,8 @@ struct Session {
     truth: Vec<u8>,
     commits: usize,
     last: Option<Epoch>,
+    /// Generation, VM and incarnation of the hello that was accepted.
+    opened_as: Option<(u64, u128, u128)>,
     failed: bool,
 }
 
@@ -77,6 +79,7 @@ impl Session {
             truth,
             commits: 0,
             last: None,
+            opened_as: None,
             failed: false,
         }
     }
@@ -115,7 +118,12 @@ impl Session {
             assert_eq!(end.kind == CheckpointKind::Base, self.last.is_none(), "{end:?}");
             self.last = Some(end.epoch);
         }
+        let Forge { generation, vm, incarnation, .. } = self.forge;
+        if self.backup.receiver.peer().is_some() {
+            self.opened_as.get_or_insert((generation, vm, incarnation));
+        }
         if !new.is_empty() {
+            assert_eq!(self.opened_as, Some((generation, vm, incarnation)), "somebody else's end was committed");
             assert_eq!(new.len(), 1, "one frame ends one checkpoint");
             // The digest was compared: what is committed is what was said, if the end told the truth.
             let said = self.said.take().expect("a checkpoint is committed that was never ended");
@@ -182,7 +190,7 @@ impl Session {
     fn begin(&mut self, input: &mut Unstructured<'_>) -> arbitrary::Result<()> {
         let (mut epoch, mut base) = (self.next_epoch(), self.last.is_none());
         match input.int_in_range(0..=15u8)? {
-            0 => epoch = *input.choose(&[0, 1, 6, 7, 8, 9, 1 << 62, u64::MAX - 1, u64::MAX])?,
+            0 => epoch = *input.choose(&[0, 1, 6, 7, 8, 9, Epoch::END.0 - 1, Epoch::END.0, u64::MAX - 1, u64::MAX])?,
             1 => base = !base,
             _ => {}
         }

@@ -8,6 +8,7 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use crossbeam::channel::bounded;
+use failover::arbiter::etcd::wire::{Header, History, HttpReply, MAX_REPLY_BYTES, ReplyError};
 use failover::arbiter::{Arbiter, CasOutcome, FileArbiter, MAX_RECORD_BYTES, Record, Revision};
 use failover::config::PairConfig;
 use failover::control::{Client, ControlServer, FailoverMode, MAX_LINE_BYTES, Reply, Request};
@@ -213,5 +214,57 @@ pub fn generation(data: &[u8]) {
                 assert_eq!(StateDir::open(&directory, VM).expect("as written").highest(), next);
             }
         }
+    }
+}
+
+/// Target `etcd_reply`: how a reply's status and encoding are, what was asked, the body.
+///
+/// A record is believed only with a revision that the store has; a compare-and-swap counts as done only at a later revision and in
+/// words that say so; texts are harmless; no store runs backwards.
+pub fn etcd_reply(data: &[u8]) {
+    const KEY: &str = "/ft/x/record";
+    let [how, asked, body @ ..] = data else { return };
+    let status = [200, 200, 200, 200, 301, 400, 401, 503][usize::from(how & 7)];
+    let encoding = [None, None, None, Some("identity"), Some("gzip"), Some("\u{1b}[2J")][usize::from(how >> 3) % 6];
+    let reply = HttpReply { status, encoding: encoding.map(str::to_owned), body: body.to_vec() };
+    let expected = [None, Some(Revision(1)), Some(Revision(5)), Some(Revision(u64::MAX))][usize::from(asked & 3)];
+    let text = |error: ReplyError| {
+        let text = error.to_string();
+        assert_harmless(&text);
+        assert!(text.len() < 4096, "{} bytes of text", text.len());
+        let certain = error.certainly_not_done();
+        assert!(!certain || matches!(error, ReplyError::Refused { .. }), "{error:?}");
+    };
+    let mut history = History::new(None);
+    match reply.found(KEY) {
+        Ok(found) => {
+            assert!(status == 200 && body.len() <= MAX_REPLY_BYTES);
+            if let Some(versioned) = &found.record {
+                assert!(versioned.revision.0 > 0 && versioned.revision.0 <= found.header.revision);
+                assert_eq!(versioned.record.validate(), Ok(()));
+            }
+            assert_eq!(history.admit(found.header), Ok(()));
+            assert!(history.admit(Header { revision: found.header.revision - 1, ..found.header }).is_err());
+        }
+        Err(error) => text(error),
+    }
+    match reply.swapped(KEY, expected) {
+        Ok(swapped) => {
+            assert!(status == 200 && swapped.header.revision > 0);
+            if let Some(revision) = swapped.applied {
+                assert!(expected.is_none_or(|expected| revision > expected));
+                let said: serde_json::Value = serde_json::from_slice(body).expect("it was understood");
+                assert_eq!(said["succeeded"], true);
+            }
+        }
+        Err(error) => text(error),
+    }
+    match reply.token() {
+        Ok(token) => assert!(!token.is_empty() && token.bytes().all(|byte| byte.is_ascii_graphic())),
+        Err(error) => text(error),
+    }
+    match reply.version() {
+        Ok(version) => drop((version.worth(), version.to_string())),
+        Err(error) => text(error),
     }
 }

@@ -27,7 +27,7 @@ type Family = fn() -> usize;
 
 #[test]
 fn malformed_inputs_change_nothing_and_cost_little() {
-    let families: [(&str, Family); 13] = [
+    let families: [(&str, Family); 14] = [
         ("row 1: the stream ends at every byte", stream::ends),
         ("row 2: every bit flipped", stream::flips),
         ("rows 2 to 9: every bit flipped under sound checksums", stream::sound_flips),
@@ -41,6 +41,7 @@ fn malformed_inputs_change_nothing_and_cost_little() {
         ("control requests", texts::control),
         ("pair.toml", texts::config),
         ("arbiter's record, generation file", texts::files),
+        ("etcd's answers", texts::etcd),
     ];
     let resident = meter::resident();
     let (mut cases, mut peak, mut largest) = (0, 0, 0);

@@ -115,6 +115,37 @@ pub(crate) fn config() -> usize {
     cases + more.len()
 }
 
+pub(crate) fn etcd() -> usize {
+    let mut cases = 0;
+    for n in 0..8 {
+        let answer = seed(&format!("etcd_reply/{n}"));
+        cases += around(&answer[2..], |body| fuzz::etcd_reply(&[&answer[..2], body].concat()));
+    }
+    let header = r#""header":{"cluster_id":"1","revision":"9"}"#;
+    let more = [
+        String::new(),
+        "null".into(),
+        "[".repeat(90_000),
+        " ".repeat(10 << 20),
+        format!(r#"{{{header},"kvs":[{{"key":"%%%","mod_revision":"5","value":"!"}}]}}"#),
+        format!(r#"{{{header},"kvs":[{{"mod_revision":"18446744073709551616"}}]}}"#),
+        format!(r#"{{{header},"kvs":[{{"mod_revision":-1}}]}}"#),
+        format!(r#"{{{header},"kvs":[{{"mod_revision":1e400}}]}}"#),
+        format!(r#"{{{header},"kvs":[{}{{}}]}}"#, "{},".repeat(10_000)),
+        r#"{"header":{"cluster_id":"0","revision":"0"}}"#.into(),
+        r#"{"error":"[2J
+"}"#
+        .into(),
+        r#"{"etcdserver":"3.99999999999.1"}"#.into(),
+        format!(r#"{{"token":"{}"}}"#, "x".repeat(5000)),
+    ];
+    for (body, how) in more.iter().flat_map(|body| (0..48).map(move |how| (body, how))) {
+        fuzz::etcd_reply(&[&[how, how], body.as_bytes()].concat());
+        cases += 1;
+    }
+    cases
+}
+
 pub(crate) fn files() -> usize {
     let mut cases = around(&seed("record/plain"), fuzz::record);
     cases += around(&seed("record/file"), fuzz::record);
