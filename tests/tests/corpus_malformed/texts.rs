@@ -126,7 +126,7 @@ pub(crate) fn etcd() -> usize {
         String::new(),
         "null".into(),
         "[".repeat(90_000),
-        " ".repeat(10 << 20),
+        " ".repeat(1 << 20),
         format!(r#"{{{header},"kvs":[{{"key":"%%%","mod_revision":"5","value":"!"}}]}}"#),
         format!(r#"{{{header},"kvs":[{{"mod_revision":"18446744073709551616"}}]}}"#),
         format!(r#"{{{header},"kvs":[{{"mod_revision":-1}}]}}"#),
