@@ -6,6 +6,10 @@ use replication_proto::{CheckpointDigest, EpochDigest};
 use replication_proto::{Epoch, PageIndex};
 use vmm::{Section, SectionKind};
 
+/// Smaller batches are copied. Their bytes are a part of what the link read at once, all of which they would keep alive: a peer that
+/// puts single pages between other frames would make the inbox hold many times what it counts.
+const SHARED_BYTES_MIN: usize = 128 << 10;
+
 /// Pages as they arrived in one message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PageBatch {
@@ -96,7 +100,9 @@ impl Inbox {
             CheckpointKind::Base => Ok(Destination::Hollow(batch)),
             CheckpointKind::Delta => {
                 current.keep(batch.bytes.len(), limit)?;
-                current.batches.push(batch);
+                let PageBatch { indexes, bytes } = batch;
+                let bytes = if bytes.len() < SHARED_BYTES_MIN { Bytes::copy_from_slice(&bytes) } else { bytes };
+                current.batches.push(PageBatch { indexes, bytes });
                 Ok(Destination::Kept)
             }
         }

@@ -102,12 +102,13 @@ impl Intake {
         self.connection.is_some()
     }
 
-    /// Whether a data connection of `peer` would be taken on. While one is in use, only a higher generation may displace it, or the same process
-    /// coming again.
+    /// Whether a data connection of `peer` would be taken on. While one is in use, only a higher generation of this VM may displace it, or the
+    /// same process coming again.
     pub fn admits(&self, peer: &Identity) -> bool {
         self.connection.as_ref().and_then(|current| current.peer.as_ref()).is_none_or(|current| {
-            peer.generation > current.generation
-                || (peer.generation == current.generation && peer.incarnation == current.incarnation)
+            let displaces = peer.generation > current.generation
+                || (peer.generation == current.generation && peer.incarnation == current.incarnation);
+            displaces && peer.vm == current.vm
         })
     }
 
@@ -288,5 +289,55 @@ impl Intake {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use replication_proto::{
+        Facts, Incarnation, NodeName, PageIndex, PageRange, RamLayout, ReceiverLimits, Sender, SenderConfig, VmId,
+    };
+
+    fn identity(node: &str, vm: u128, generation: u64, incarnation: u128) -> Identity {
+        let node = NodeName::new(node).unwrap();
+        Identity { vm: VmId(vm), node, generation: Generation(generation), incarnation: Incarnation(incarnation) }
+    }
+
+    fn ram() -> RamLayout {
+        RamLayout::new(vec![PageRange { first: PageIndex(0), pages: 4 }]).unwrap()
+    }
+
+    /// A standby that a primary of VM 1, generation 5, is connected to.
+    fn connected() -> Intake {
+        let limits = ReceiverLimits { max_epoch_pages: 4, max_epoch_section_bytes: 4096 };
+        let config = ReceiverConfig { identity: identity("b", 1, 0, 20), ram: ram(), facts: Facts::new(), limits };
+        let mut intake = Intake::new(config, Inbox::new(1 << 20), Commits::new(1 << 20));
+        let sender = SenderConfig {
+            identity: identity("a", 1, 5, 10),
+            ram: ram(),
+            facts: Facts::new(),
+            max_in_flight: 1,
+            compress_base: false,
+        };
+        let mut sender = Sender::new(sender);
+        intake.open();
+        while let Some(bytes) = sender.poll_transmit() {
+            intake.handle_bytes(&bytes).unwrap();
+        }
+        intake
+    }
+
+    /// Bad-input corpus, row 17: who may take the place of a connection that is in use.
+    #[test]
+    fn only_a_higher_generation_of_this_vm_or_the_same_process_displaces_a_connection() {
+        let intake = connected();
+        assert!(intake.is_connected());
+        assert!(intake.admits(&identity("a", 1, 5, 10)), "the same process, again");
+        assert!(intake.admits(&identity("a", 1, 6, 11)), "a higher generation");
+        assert!(!intake.admits(&identity("a", 1, 5, 11)), "another process of this generation");
+        assert!(!intake.admits(&identity("a", 1, 4, 10)), "an old generation");
+        // A pair that is misconfigured to call here must not cost this one its protection at every attempt.
+        assert!(!intake.admits(&identity("a", 2, 9, 10)), "another VM of a higher generation");
     }
 }

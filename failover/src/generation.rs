@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::exit::ExitCode;
 use crate::failpoint;
+use crate::text::harmless;
 
 /// Longest generation file, in bytes.
 const MAX_BYTES: u64 = 4096;
@@ -132,7 +133,7 @@ impl StateDir {
         if u64::try_from(bytes.len()).is_ok_and(|length| length > MAX_BYTES) {
             return Err(corrupt(format!("longer than {MAX_BYTES} bytes")));
         }
-        let stored: Stored = serde_json::from_slice(&bytes).map_err(|error| corrupt(error.to_string()))?;
+        let stored: Stored = serde_json::from_slice(&bytes).map_err(|error| corrupt(harmless(&error.to_string())))?;
         if stored.schema != SCHEMA {
             return Err(corrupt(format!("schema {:?}, expected {SCHEMA:?}", stored.schema)));
         }

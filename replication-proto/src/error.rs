@@ -136,7 +136,7 @@ coded! {
         Epoch { /// Due.
             expected: Epoch, /// Came.
             found: Epoch } = "misbehaved.epoch" "epoch {found} came, epoch {expected} was due",
-        /// An epoch where none belongs, or epoch 0 or 2^64-1 where one does.
+        /// An epoch where none belongs, or one of 2^62 or later.
         BadEpoch { /// Came.
             found: Epoch } = "misbehaved.bad_epoch" "epoch {found} cannot be here",
         /// The first checkpoint of a connection is no base, or a later one is.

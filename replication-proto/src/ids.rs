@@ -127,6 +127,12 @@ counter_id! {
     Epoch
 }
 
+impl Epoch {
+    /// Every epoch on the wire is below this. No pair comes near it; a peer that names a later one is refused, so that whoever activates what
+    /// the peer sent never runs out of numbers.
+    pub const END: Self = Self(1 << 62);
+}
+
 /// Number of a page of guest memory: guest-physical address / 4096.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PageIndex(pub u64);

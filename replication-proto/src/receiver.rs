@@ -347,7 +347,7 @@ impl Receiver {
 
     fn handle_begin(&mut self, epoch: Epoch, payload: &[u8]) -> Result<ReceiverEvent, LinkError> {
         let kind = messages::begin(payload)?;
-        if epoch == Epoch(u64::MAX) {
+        if epoch >= Epoch::END {
             return Err(Misbehaved::BadEpoch { found: epoch }.into());
         }
         match self.ended {

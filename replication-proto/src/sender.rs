@@ -236,7 +236,7 @@ impl Sender {
                 None => (epoch, CheckpointKind::Base),
                 Some(begun) => (begun.next(), CheckpointKind::Delta),
             };
-            if epoch != due || kind != due_kind || epoch == Epoch(0) || epoch == Epoch(u64::MAX) {
+            if epoch != due || kind != due_kind || epoch == Epoch(0) || epoch >= Epoch::END {
                 return Err(ApiMisuse::Epoch { found: epoch }.into());
             }
             if this.begun.is_none() {

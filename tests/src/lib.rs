@@ -4,6 +4,7 @@ pub mod bench;
 pub mod check;
 pub mod explore;
 pub mod history;
+pub mod fuzz;
 pub mod machine;
 pub mod points;
 pub mod real;

@@ -20,6 +20,9 @@ mod boot;
 pub mod config;
 mod devices;
 pub mod dirty;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod kvm;
 pub mod machine;
 pub mod memory;

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use crate::failpoint;
 
 use super::{Arbiter, ArbiterError, CasOutcome, MAX_RECORD_BYTES, Record, RecordError, Revision, Versioned};
+use crate::text::harmless;
 use serde::{Deserialize, Serialize};
 
 /// `f_type` of filesystems on which a lock or a rename is not the atomic act that this needs.
@@ -153,7 +154,7 @@ fn parse(bytes: &[u8]) -> Result<Stored, RecordError> {
         record: &'a serde_json::value::RawValue,
     }
     let envelope: Envelope<'_> =
-        serde_json::from_slice(bytes).map_err(|error| RecordError::Malformed(error.to_string()))?;
+        serde_json::from_slice(bytes).map_err(|error| RecordError::Malformed(harmless(&error.to_string())))?;
     let record = Record::parse(envelope.record.get().as_bytes())?;
     Ok(Stored { revision: envelope.revision, record })
 }

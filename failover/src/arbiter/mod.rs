@@ -9,6 +9,7 @@ use replication_proto::{Generation, Incarnation, NodeName, VmId};
 use serde::{Deserialize, Serialize};
 
 use crate::config::ArbiterSection;
+use crate::text::harmless;
 
 pub mod contract;
 pub mod etcd;
@@ -146,7 +147,7 @@ impl Record {
         if bytes.len() > MAX_RECORD_BYTES {
             return Err(RecordError::TooLong(bytes.len()));
         }
-        let malformed = |error: serde_json::Error| RecordError::Malformed(error.to_string());
+        let malformed = |error: serde_json::Error| RecordError::Malformed(harmless(&error.to_string()));
         // The version first: a newer record may have fields that we do not know.
         let OnlyVersion { v } = serde_json::from_slice(bytes).map_err(malformed)?;
         if v > RECORD_VERSION {

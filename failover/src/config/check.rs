@@ -152,10 +152,12 @@ impl PairConfig {
         if a.replication == b.replication {
             return same("replication");
         }
-        if a.control == b.control {
+        // On two hosts the same path is two files. (Two namespaces of one host may look like two hosts: locks tell then.)
+        let one_host = a.replication.ip() == b.replication.ip();
+        if one_host && a.control == b.control {
             return same("control");
         }
-        if a.state_dir == b.state_dir {
+        if one_host && a.state_dir == b.state_dir {
             return same("state_dir");
         }
         Ok(())

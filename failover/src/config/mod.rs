@@ -20,6 +20,7 @@ pub use units::{format_size, format_span, parse_size, parse_span};
 
 use crate::arbiter::NodeRef;
 use crate::decide::{ColdStart, CoreConfig, CoreTimers, OnBackupLoss, Role};
+use crate::text::harmless;
 use replication_proto::{Generation, Incarnation};
 
 /// Longest configuration file, in bytes.
@@ -524,7 +525,7 @@ fn syntax(text: &str, file: &str, error: &toml::de::Error) -> ConfigError {
     let before = text.as_bytes().get(..at).unwrap_or_default();
     let line = before.iter().filter(|byte| **byte == b'\n').count() + 1;
     let place = text.lines().nth(line - 1).unwrap_or_default().trim();
-    let message = error.message().replace('\n', " ");
+    let message = harmless(error.message());
     ConfigError::Syntax { file: file.into(), line, cause: format!("{message} (in {})", check::shown(place)) }
 }
 

@@ -204,3 +204,13 @@ fn etcd_settings_that_are_wrong_or_unsafe_are_refused() {
     }
     assert!(parse(&etcd("endpoints = [\"http://10.0.0.1:2379\"]\ninsecure_lab = true")).is_ok());
 }
+
+/// The two nodes of the README's example are two hosts: what is one path in the file is two files.
+#[test]
+fn the_readme_s_example_is_a_configuration() {
+    let readme = include_str!("../../../README.md");
+    let example = readme.split_once("```toml\n").unwrap().1.split_once("```").unwrap().0;
+    let config = PairConfig::parse(example, "README.md", Path::new("/")).unwrap();
+    let [a, b] = ["a", "b"].map(|name| config.node(&config.pick(name).unwrap()).unwrap());
+    assert_eq!((&a.control, &a.state_dir), (&b.control, &b.state_dir));
+}

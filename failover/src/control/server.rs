@@ -17,6 +17,7 @@ use super::{ErrorCode, FailoverMode, LineRead, MAX_LINE_BYTES, Reply, Request, r
 use crate::decide::{Command, CommandOutcome};
 use crate::exit::ExitCode;
 use crate::status::StatusBoard;
+use crate::text::harmless;
 
 /// Clients at a time.
 const MAX_CLIENTS: usize = 16;
@@ -259,7 +260,7 @@ fn serve(stream: &UnixStream, shared: &Shared) {
 fn handle(stream: &UnixStream, shared: &Shared, line: &[u8], asked_by: (u32, i32)) -> Option<Reply> {
     let request: Request = match serde_json::from_slice(line) {
         Ok(request) => request,
-        Err(error) => return Some(Reply::error(ErrorCode::BadRequest, error.to_string())),
+        Err(error) => return Some(Reply::error(ErrorCode::BadRequest, harmless(&error.to_string()))),
     };
     let command = match request {
         Request::Status {} => {

@@ -140,10 +140,12 @@ fn row_07_pages_twice_and_unsorted() {
 
 #[test]
 fn row_08_epochs_out_of_order() {
-    for wrong in [1, 6, 7, 9, 10, u64::MAX - 1] {
+    for wrong in [1, 6, 7, 9, 10, Epoch::END.0 - 1] {
         assert_eq!(refused(|forge| forge.begin(wrong, 1)), "misbehaved.epoch", "{wrong}");
     }
-    assert_eq!(refused(|forge| forge.begin(u64::MAX, 1)), "misbehaved.bad_epoch");
+    for wrong in [Epoch::END.0, u64::MAX - 1, u64::MAX] {
+        assert_eq!(refused(|forge| forge.begin(wrong, 1)), "misbehaved.bad_epoch", "{wrong}");
+    }
     assert_eq!(refused(|forge| forge.begin(0, 1)), "malformed.value");
     assert_eq!(refused(|forge| forge.begin(8, 0)), "misbehaved.kind");
     assert_eq!(refused(|forge| forge.begin(8, 2)), "malformed.value");
@@ -524,12 +526,13 @@ fn row_21_checkpoints_without_acks() {
     assert_eq!((epochs, error.code()), (1024, "misbehaved.too_many_in_flight"));
 }
 
-/// The end of the numbers of epochs is an end, not a new start.
+/// The end of the numbers of epochs is an end, not a new start; and it is so early that a backup that activates such a base still has numbers
+/// for its own epochs. (It once took a base of epoch 2^64 - 2, and would have run out as a primary.)
 #[test]
 fn row_22_epochs_near_the_end_of_numbers() {
     let mut forge = Forge::primary();
     let mut backup = Backup::new(receiver_config());
-    let last = u64::MAX - 1;
+    let last = Epoch::END.0 - 1;
     let pages = pages_payload(0, &[(0, 3, 1), (16, 2, 1)], 5, 0, &[]);
     let mut digest = EpochDigest::new(Epoch(last), CheckpointKind::Base);
     digest.pages(&support::all_pages(&support::ram()), &[0; 5 * PAGE_BYTES]);
@@ -537,5 +540,11 @@ fn row_22_epochs_near_the_end_of_numbers() {
         [forge.hello(), forge.begin(last, 0), forge.frame(PAGES, last, &pages), forge.end(last, 5, 0, digest.finish())];
     backup.feed(&base.concat(), usize::MAX).unwrap();
     assert_eq!(backup.last_committed(), Some(Epoch(last)));
-    assert_eq!(backup.feed(&forge.begin(u64::MAX, 1), usize::MAX).unwrap_err().code(), "misbehaved.bad_epoch");
+    assert_eq!(backup.feed(&forge.begin(last + 1, 1), usize::MAX).unwrap_err().code(), "misbehaved.bad_epoch");
+    for epoch in [Epoch::END.0, u64::MAX - 1, u64::MAX] {
+        let mut forge = Forge::primary();
+        let mut hollow = Backup::new(receiver_config());
+        let begin = [forge.hello(), forge.begin(epoch, 0)].concat();
+        assert_eq!(hollow.feed(&begin, usize::MAX).unwrap_err().code(), "misbehaved.bad_epoch");
+    }
 }

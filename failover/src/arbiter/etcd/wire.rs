@@ -12,6 +12,7 @@ use serde::{Deserialize, Deserializer};
 use serde_json::json;
 
 use crate::arbiter::{MAX_RECORD_BYTES, Record, RecordError, Revision, Versioned};
+use crate::text::harmless;
 
 /// Longest reply that is read, in bytes: the longest record in base64, and room for what surrounds it.
 pub const MAX_REPLY_BYTES: usize = MAX_RECORD_BYTES.div_ceil(3) * 4 + 8 * 1024;
@@ -305,8 +306,9 @@ impl HttpReply {
 
     fn parse<'a, T: Deserialize<'a>>(&'a self) -> Result<T, ReplyError> {
         let body = self.success()?;
-        serde_json::from_slice(body)
-            .map_err(|error| if error.is_data() { ReplyError::Malformed(error.to_string()) } else { self.not_json() })
+        serde_json::from_slice(body).map_err(|error| {
+            if error.is_data() { ReplyError::Malformed(harmless(&error.to_string())) } else { self.not_json() }
+        })
     }
 
     /// Reads the answer to [`Call::range`] for `key`.

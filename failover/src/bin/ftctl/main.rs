@@ -39,7 +39,9 @@ fn main() -> ExitCode {
     match done {
         Ok(code) => code.into(),
         Err(failure) => {
-            eprintln!("ftctl: {}", failure.text);
+            // Much of it is quoted from the process or a file.
+            let text: Vec<String> = failure.text.lines().map(failover::text::harmless).collect();
+            eprintln!("ftctl: {}", text.join("\n"));
             failure.code.into()
         }
     }
