@@ -3,8 +3,8 @@
 pub mod bench;
 pub mod check;
 pub mod explore;
-pub mod history;
 pub mod fuzz;
+pub mod history;
 pub mod machine;
 pub mod points;
 pub mod real;
