@@ -153,13 +153,32 @@ fn live(args: &Args, number: u64) -> Outcome {
     }
 }
 
+/// The rules that live where the explorer does not look, in the stream and around memory, and a few that both catch.
+#[cfg(feature = "mutants")]
+const BROKEN: [replication_proto::mutant::Mutant; 11] = {
+    use replication_proto::mutant::Mutant;
+    [
+        Mutant::RetireOnSend,
+        Mutant::GateOpensOnLinkLoss,
+        Mutant::AckGenerationUnchecked,
+        Mutant::AckOfAnyIncarnation,
+        Mutant::DirtyClearedAfterCopy,
+        Mutant::DeltaIntoStandby,
+        Mutant::AckAfterPromotion,
+        Mutant::SoloWithoutCas,
+        Mutant::TakeoverWithoutCas,
+        Mutant::InSyncBeforeHolding,
+        Mutant::UncertainSyncIsFailure,
+    ]
+};
+
 /// Breaks one rule after another. True when every one was noticed.
 #[cfg(feature = "mutants")]
 fn mutants(args: &Args) -> bool {
-    use replication_proto::mutant::{Mutant, activate};
+    use replication_proto::mutant::activate;
     std::panic::set_hook(Box::new(|_| {}));
     let mut survivors = 0;
-    for mutant in Mutant::ALL {
+    for mutant in BROKEN {
         let began = Instant::now();
         activate(Some(mutant));
         let caught = (args.first_seed..args.first_seed + args.seeds).find_map(|seed| {
@@ -183,7 +202,7 @@ fn mutants(args: &Args) -> bool {
             }
         }
     }
-    println!("{survivors} of {} broken rules survived", Mutant::ALL.len());
+    println!("{survivors} of {} broken rules survived", BROKEN.len());
     survivors == 0
 }
 

@@ -30,6 +30,8 @@ pub type LifeId = u32;
 #[derive(Clone, Debug)]
 struct Content {
     epoch: u64,
+    /// Pages written in this epoch, one bit each.
+    touched: u64,
     pages: [u64; PAGES],
 }
 
@@ -270,10 +272,24 @@ impl Ghost {
         for page in (0..PAGES).filter(|p| touched >> p & 1 == 1) {
             pages[page] = machine.page_hash(page);
         }
-        let content = Content { epoch, pages: *pages };
+        let content = Content { epoch, touched, pages: *pages };
         life.contents.push_back(content);
         if life.contents.len() > REMEMBERED {
             life.contents.pop_front();
+        }
+    }
+
+    /// A connection ended whose base was `first` and on which the backup acknowledged up to `acked`: what was written in later epochs must be `owed`, one
+    /// bit for each page (G6).
+    pub fn disconnected(&mut self, who: Who, first: u64, acked: u64, owed: u64) {
+        let life = self.life(who.life);
+        let since = life.contents.iter().filter(|c| c.epoch > acked.max(first));
+        let forgotten = since.fold(0, |pages, content| pages | content.touched) & !owed;
+        if forgotten != 0 {
+            self.broken(
+                "G6",
+                format!("life {}: pages {forgotten:#x} written after epoch {acked} are forgotten", who.life),
+            );
         }
     }
 

@@ -126,6 +126,8 @@ pub enum Fault {
     FlipBit,
     /// Bytes that the backup said earlier arrive again.
     Replay,
+    /// An acknowledgement is forged: by another process, or in a generation that has passed.
+    Forge(bool),
     /// A node reaches the arbiter like this from now on.
     Arbiter(usize, Way),
     /// The arbiter takes so much longer for everybody.
@@ -173,6 +175,8 @@ pub enum Kind {
     FlipBit,
     /// Old bytes come again.
     Replay,
+    /// Acknowledgements are forged.
+    Forge,
     /// One side, or both, cannot reach the arbiter.
     Arbiter,
     /// Answers of the arbiter are lost, or late.
@@ -203,7 +207,7 @@ pub enum Kind {
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Self; 24] = [
+    pub const ALL: [Self; 25] = [
         Self::CutBoth,
         Self::CutOneWay,
         Self::Flap,
@@ -215,6 +219,7 @@ impl Kind {
         Self::Truncate,
         Self::FlipBit,
         Self::Replay,
+        Self::Forge,
         Self::Arbiter,
         Self::ArbiterLossy,
         Self::ArbiterSlow,
@@ -253,6 +258,14 @@ impl Kind {
             Self::Truncate => vec![(0, Fault::Truncate)],
             Self::FlipBit => vec![(0, Fault::FlipBit)],
             Self::Replay => vec![(0, Fault::Replay)],
+            // On a slow link, so that there is one on its way, and a later epoch that it can be of.
+            Self::Forge => {
+                let (another, slow) = (rng.range(0, 2) == 0, span(rng, 2 * MS, 40 * MS));
+                let mut faults = vec![(0, Fault::Slow(0, slow)), (0, Fault::Slow(1, slow))];
+                faults.extend((0..8u64).map(|n| (slow * 3 + n * 5 * MS, Fault::Forge(another))));
+                faults.extend([(slow * 5, Fault::Slow(0, 0)), (slow * 5, Fault::Slow(1, 0))]);
+                faults
+            }
             Self::Arbiter => {
                 let way = if rng.range(0, 2) == 0 { Way::Refused } else { Way::Lost };
                 let both = rng.range(0, 3) == 0;

@@ -47,6 +47,10 @@ struct Link {
     /// The link's thread has ended.
     closed: bool,
     beat: Beat,
+    /// The epoch of the base, once it is being copied.
+    first: Option<Epoch>,
+    /// The last epoch that the backup acknowledged here.
+    acked: Epoch,
 }
 
 /// The owner's part of a process.
@@ -149,7 +153,7 @@ impl OwnerPart {
             compress_base: true,
         };
         let stream = Stream::new(config, base.gate.clone(), base.metrics.clone());
-        self.link = Some(Link { session, data, stream, closed: false, beat });
+        self.link = Some(Link { session, data, stream, closed: false, beat, first: None, acked: Epoch(0) });
         self.transmit(env);
         self.inbox.push_back(Told::Connected(session));
         base.rouse(env);
@@ -175,8 +179,13 @@ impl OwnerPart {
             Packet::Fin => self.close_link(LinkLoss::PeerClosed, base, env),
             Packet::Bytes(bytes) => {
                 let (session, gate, inbox) = (link.session, &base.gate, &mut self.inbox);
-                let handled = link.stream.handle_bytes(bytes, |event| {
-                    let covers = matches!(event, StreamEvent::Committed(epoch) if gate.covers_released(epoch));
+                let Link { stream, acked, .. } = link;
+                let handled = stream.handle_bytes(bytes, |event| {
+                    let mut covers = false;
+                    if let StreamEvent::Committed(epoch) = event {
+                        *acked = epoch;
+                        covers = gate.covers_released(epoch);
+                    }
                     inbox.push_back(Told::Stream { session, event, covers });
                 });
                 base.rouse(env);
@@ -438,6 +447,7 @@ impl OwnerPart {
                 self.last = first;
                 let Some(link) = self.link.as_mut().filter(|l| l.session == session && !l.closed) else { return };
                 let begun = link.stream.begin_base(first);
+                link.first = Some(first);
                 let copy = BaseCopy::begin(&mut self.machine).expect("the simulated dirty log can be switched on");
                 self.doing = Doing::Copying { session, first, copy };
                 if begun.is_err() {
@@ -452,6 +462,7 @@ impl OwnerPart {
                         env.hang_up(link.data, End::Caller);
                     }
                     link.beat.close(env);
+                    self.check_dirty(&link, base, env);
                     self.doing = Doing::Nothing;
                     self.course.epoch_used(self.last);
                 }
@@ -468,6 +479,15 @@ impl OwnerPart {
                 }
             }
             Order::Do(_) => unreachable!("carried out elsewhere"),
+        }
+    }
+
+    /// What the backup never acknowledged waits in the ledger.
+    fn check_dirty(&self, link: &Link, base: &Base, env: &mut Env) {
+        if let Some(first) = link.first {
+            // Dropped again at once: it gives its pages back.
+            let owed = self.machine.ledger().take(&[]).iter().fold(0, |bits, page| bits | 1 << page.0);
+            env.ghost.disconnected(base.who, first.0, link.acked.0, owed);
         }
     }
 

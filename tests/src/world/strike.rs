@@ -11,7 +11,9 @@ use super::{MS, Program, World, node_name};
 impl World {
     /// Something goes wrong, or is put right, now.
     pub fn strike(&mut self, fault: Fault) {
-        self.env.note(|| format!("FAULT {fault:?}"));
+        if !matches!(fault, Fault::Forge(_)) {
+            self.env.note(|| format!("FAULT {fault:?}"));
+        }
         match fault {
             Fault::Cut(node) => self.env.net.cut[node] = true,
             Fault::Mend(node) => self.mend(node),
@@ -35,6 +37,9 @@ impl World {
                 if let Some(old) = self.env.conditions.old_packet.clone() {
                     self.damage(|net, conn, _, _| net.inject(conn, End::Caller, old.clone()));
                 }
+            }
+            Fault::Forge(another) => {
+                self.env.net.living().into_iter().any(|conn| self.env.net.forge(conn, another));
             }
             Fault::Arbiter(node, way) => self.env.conditions.way[node] = way,
             Fault::ArbiterSlow(extra) => self.env.conditions.arbiter_slow = extra,

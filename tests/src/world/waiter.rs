@@ -139,13 +139,16 @@ impl WaiterPart {
     /// As `backup::activate` does, with the same pieces in the same order.
     fn activate(base: &mut Base, part: &mut Part, permit: RunPermit, rest: Vec<Action>, env: &mut Env) -> Ending {
         let Part::Waiting(mut waiter) = std::mem::replace(part, Part::Nothing) else { return None };
+        waiter.apply_all();
+        let holding = waiter.intake.holding();
+        let memory = std::mem::take(&mut waiter.memory);
         if mutant::is(Mutant::AckAfterPromotion) {
+            // What still arrives is committed and acknowledged, and never applied.
             env.linger(&mut waiter, base);
         }
         waiter.leave(env);
-        waiter.apply_all();
-        let Self { intake, mut machine, memory, silent, .. } = waiter;
-        let (holding, inbound) = intake.close();
+        let Self { intake, mut machine, silent, .. } = waiter;
+        let (_, inbound) = intake.close();
         let Some(applied) = memory.into_applied() else {
             env.ghost.broken("G3", format!("{} was activated and is hollow", base.me));
             return Some(ExitCode::Failure);
