@@ -14,7 +14,8 @@ const CHECKED_FROM: usize = 8;
 const ACK_TYPE_AT: usize = 10;
 const ACK_EPOCH_AT: usize = 32;
 const ACK_GENERATION_AT: usize = 40;
-const ACK_INCARNATION_AT: usize = 64;
+/// The highest byte of it, which is zero in every incarnation of a world.
+const ACK_INCARNATION_AT: usize = 79;
 
 /// Number of a connection; never used twice in a world.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -303,7 +304,7 @@ impl Net {
             let mut forged = bytes.to_vec();
             forged[ACK_EPOCH_AT] = forged[ACK_EPOCH_AT].wrapping_add(1);
             if as_another_process {
-                forged[ACK_INCARNATION_AT] ^= 0x40;
+                forged[ACK_INCARNATION_AT] = 0xff;
             } else {
                 forged[ACK_GENERATION_AT] = forged[ACK_GENERATION_AT].wrapping_sub(1);
             }
