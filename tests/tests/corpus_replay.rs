@@ -1,6 +1,8 @@
 //! Every seed and everything that the fuzzer once found, through the fuzz targets' bodies on stable: no rule is broken. (Those of the
 //! machine are replayed in `vmm`.)
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail the test")]
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
