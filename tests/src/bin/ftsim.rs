@@ -164,7 +164,7 @@ const BROKEN: [(replication_proto::mutant::Mutant, u64); 11] = {
         (Mutant::AckGenerationUnchecked, 74),
         (Mutant::AckOfAnyIncarnation, 174),
         (Mutant::DirtyClearedAfterCopy, 20),
-        (Mutant::DeltaIntoStandby, 0),
+        (Mutant::DeltaIntoStandby, 584),
         (Mutant::AckAfterPromotion, 7),
         (Mutant::SoloWithoutCas, 0),
         (Mutant::TakeoverWithoutCas, 0),
