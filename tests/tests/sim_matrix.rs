@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use failover::decide::{GuestEnd, StateName};
+use failover::decide::{Command, GuestEnd, StateName};
 use replication_proto::{NodeName, VmId};
 use tests::world::faults::{Fault, Way};
 use tests::world::{Plan, World, node_name};
@@ -346,6 +346,19 @@ fn a_guest_that_was_switched_off_stays_off() {
     assert!(!pair.0.runs(A) && !pair.0.runs(B));
     pair.strike(&[Fault::PowerOff(A)]).run(3_000);
     assert!(!pair.0.runs(B), "nobody resurrects it");
+}
+
+/// Found by the failpoint `cas.switchover.before=crash`: the guest stood still for five seconds.
+#[test]
+fn a_backup_that_dies_in_a_switchover_costs_a_second_not_five() {
+    let mut pair = Pair::protected();
+    pair.strike(&[Fault::Arbiter(B, Way::Lost), Fault::Command(A, Command::Switchover)]);
+    pair.until(1_000, "handed over", |w| w.state(A) == Some(StateName::SwitchingOver) && !w.runs(A));
+    pair.strike(&[Fault::PowerOff(B)]);
+    let took = pair.until(4_000, "running again", |w| w.runs(A) && w.state(A) == Some(StateName::Solo));
+    assert!(took <= 1_500, "{took} ms");
+    pair.serves(A);
+    pair.recovers();
 }
 
 #[test]

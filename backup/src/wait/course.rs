@@ -138,13 +138,7 @@ impl Course {
                 if self.is_mismatch(&end) {
                     out.push(Order::EndAsMismatch);
                 }
-                let loss = match end {
-                    LinkEnd::EndOfFile | LinkEnd::Io(_) => LinkLoss::PeerClosed,
-                    LinkEnd::Protocol(_) | LinkEnd::Commit(_) | LinkEnd::Inbox(_) | LinkEnd::Displaced => {
-                        LinkLoss::Local
-                    }
-                };
-                self.decide(Input::LinkLost(loss), decider, now, out);
+                self.decide(Input::LinkLost(loss_of(&end)), decider, now, out);
             }
             // The applier's.
             IntakeEvent::ApplyHollow(_) | IntakeEvent::Apply(_) => {}
@@ -173,6 +167,21 @@ impl Course {
     }
 }
 
+/// What the end of a connection says about the primary: only what its kernel did is evidence against it. A fault of this host's own must not
+/// start a contest that the primary, which lives, could lose (R9).
+fn loss_of(end: &LinkEnd) -> LinkLoss {
+    use std::io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset};
+    match end {
+        LinkEnd::EndOfFile => LinkLoss::PeerClosed,
+        LinkEnd::Io(error) if matches!(error.kind(), ConnectionReset | ConnectionAborted | BrokenPipe) => {
+            LinkLoss::PeerClosed
+        }
+        LinkEnd::Io(_) | LinkEnd::Protocol(_) | LinkEnd::Commit(_) | LinkEnd::Inbox(_) | LinkEnd::Displaced => {
+            LinkLoss::Local
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -196,6 +205,16 @@ mod tests {
             force_cold_boot: false,
             timers: CoreTimers::default(),
         })
+    }
+
+    /// Found by the failpoint `ack.send=error`: a fault of the backup's own host made it contend after the short grace.
+    #[test]
+    fn a_fault_of_this_host_is_no_evidence_against_the_primary() {
+        let io = |kind: std::io::ErrorKind| LinkEnd::Io(kind.into());
+        assert_eq!(loss_of(&LinkEnd::EndOfFile), LinkLoss::PeerClosed);
+        assert_eq!(loss_of(&io(std::io::ErrorKind::ConnectionReset)), LinkLoss::PeerClosed);
+        assert_eq!(loss_of(&io(std::io::ErrorKind::OutOfMemory)), LinkLoss::Local);
+        assert_eq!(loss_of(&io(std::io::ErrorKind::TimedOut)), LinkLoss::Local);
     }
 
     /// Found by the simulator (seed 10036): the peer was asked once, died, and came back as another process, and both sides waited for ever.

@@ -125,7 +125,9 @@ impl Core {
         if let State::Draining { backup, ticket, .. } = self.state.clone() {
             self.hold(out);
             out.push(Action::SayGoodbye(GoodbyeReason::Switchover));
-            let until = now.saturating_add(self.config.timers.command_patience);
+            // The guest is stopped: a backup that died just now must not cost more than a few takeovers. The record decides in any case.
+            let timers = &self.config.timers;
+            let until = now.saturating_add(timers.takeover.saturating_mul(4).min(timers.command_patience));
             self.go(State::HandingOver { backup, ticket, until }, ReasonCode::SwitchoverAsked, now);
         }
     }
