@@ -8,12 +8,20 @@ use tests::explore::setup::Setup;
 /// One of so many states is repaired.
 const SAMPLE: usize = 499;
 
+fn named(name: &str) -> Setup {
+    Setup::named(name).expect("a configuration of this name")
+}
+
 fn explored(name: &str) -> Outcome {
-    let setup = Setup::named(name).expect("a configuration of this name");
+    explored_as(&named(name))
+}
+
+fn explored_as(setup: &Setup) -> Outcome {
+    let name = setup.name;
     let limits = Limits { threads: 1, states: 2_000_000, progress: false, mutant: None, sample: SAMPLE };
-    let outcome = search(&setup, limits);
+    let outcome = search(setup, limits);
     if let Some(found) = &outcome.found {
-        panic!("{name}: {}", tell(&setup, found));
+        panic!("{name}: {}", tell(setup, found));
     }
     assert!(outcome.complete, "{name}: more than {} states", limits.states);
     println!(
@@ -22,7 +30,7 @@ fn explored(name: &str) -> Outcome {
     );
     let mut memory = Memory::default();
     for world in &outcome.sample {
-        if let Err(stuck) = heal(&setup, &mut memory, world) {
+        if let Err(stuck) = heal(setup, &mut memory, world) {
             panic!("{name}: {stuck}");
         }
     }
@@ -53,4 +61,23 @@ fn the_record_is_set_back() {
     let outcome = explored("rollback");
     contains(&outcome, &["protected", "taken over", "restarted", "fenced"]);
     assert!(outcome.states >= 200_000, "{} states", outcome.states);
+}
+
+#[test]
+fn answers_of_the_arbiter_are_lost_and_writes_land_late() {
+    contains(&explored("late"), &["protected", "taken over", "fenced", "contending"]);
+}
+
+#[test]
+fn operators_command_and_guests_end() {
+    let outcome = explored_as(&Setup { epochs: 2, ..named("orders") });
+    contains(&outcome, &["stopped", "protected", "taken over", "fenced"]);
+    assert!(outcome.states >= 400_000, "{} states", outcome.states);
+}
+
+#[test]
+fn processes_are_started_again() {
+    let outcome = explored("lives");
+    contains(&outcome, &["restarted", "protected", "taken over", "fenced"]);
+    assert!(outcome.states >= 700_000, "{} states", outcome.states);
 }

@@ -393,7 +393,7 @@ fn act(turn: &mut Turn<'_>, step: Step) -> Result<(), Violation> {
             turn.world.orders += 1;
             let (_, command) = turn.setup.commands[index];
             if matches!(command, Command::ForceTakeover { without_arbiter: true }) {
-                turn.world.ghost.forced = true;
+                (turn.world.ghost.forced, turn.world.ghost.blind) = (true, true);
             }
             round(turn, vec![Input::Command { ticket: Ticket(1), command }])
         }
