@@ -1,4 +1,4 @@
-//! Forty real faults and more on each machine, drawn from a fixed seed: see `tests::real::faults`. By hand, and longer: `cargo faults`.
+//! Two dozen real faults on each machine, drawn from a fixed seed: see `tests::real::faults`. By hand, and longer: `cargo faults`.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use tests::real::faults::{Options, run};
 use tests::real::scene::Scene;
 use tests::real::{MachineKind, Result};
 
-const FAULTS: u64 = 42;
+const FAULTS: u64 = 24;
 
 on_both_machines!(faults_one_after_the_other);
 
