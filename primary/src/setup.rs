@@ -167,7 +167,7 @@ pub fn build_machine(config: &PairConfig, process: &Process) -> Result<Built, Se
     let mirror = Arc::new(Mirror::default());
     let ports: Vec<Arc<dyn FramePort>> = vec![Arc::new(MirroredPort::new(tap, 0, Arc::clone(&mirror)))];
     let outputs: Arc<dyn vmm::Outputs> = Arc::clone(&gate) as _;
-    let io = MachineIo { outputs, ports: ports.clone(), console_input };
+    let io = MachineIo { outputs, ports: ports.clone(), disks: Vec::new(), console_input };
     let parts = machine_config(config)?;
     let machine: Box<dyn Machine> = match config.vm.machine {
         MachineKind::Kvm => Box::new(KvmMachine::build(&parts, io)?),
@@ -198,6 +198,7 @@ fn machine_config(config: &PairConfig) -> Result<MachineConfig, SetupError> {
         initrd: config.vm.initrd.clone(),
         cmdline: config.vm.cmdline.clone(),
         nics: vec![NicConfig { mac: config.vm.mac().0 }],
+        disks: Vec::new(),
     })
 }
 

@@ -33,6 +33,7 @@ fn config(words: &str) -> MachineConfig {
         initrd: None,
         cmdline: format!("ip=10.77.0.10/24 {words}"),
         nics: vec![NicConfig { mac: GUEST_MAC }],
+        disks: Vec::new(),
     }
 }
 
@@ -52,7 +53,12 @@ impl Outside {
 
     fn io(&self) -> MachineIo {
         let (outputs, port) = (Arc::clone(&self.outputs), Arc::clone(&self.port));
-        MachineIo { outputs: outputs as Arc<dyn Outputs>, ports: vec![port as Arc<dyn FramePort>], console_input: None }
+        MachineIo {
+            outputs: outputs as Arc<dyn Outputs>,
+            ports: vec![port as Arc<dyn FramePort>],
+            disks: Vec::new(),
+            console_input: None,
+        }
     }
 
     fn build(&self, config: &MachineConfig) -> ModelMachine {

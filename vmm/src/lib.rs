@@ -8,6 +8,7 @@
 //! * [`memory`]: guest RAM, page by page
 //! * [`dirty`]: which pages were written, and how the answer survives a failure
 //! * [`section`]: one versioned piece of machine state
+//! * [`disk`]: what a block device does its work on
 //! * [`outputs`]: where everything externally visible leaves, and where frames come in
 //! * [`machine`]: the trait
 //! * [`pause`]: the guard without which nothing can be captured
@@ -20,6 +21,7 @@ mod boot;
 pub mod config;
 mod devices;
 pub mod dirty;
+pub mod disk;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzzing;
@@ -34,8 +36,9 @@ mod state;
 pub mod tap;
 mod vcpu;
 
-pub use config::{ClockPolicy, Fact, MachineConfig, MachineIo, NicConfig};
+pub use config::{ClockPolicy, DiskConfig, Fact, MAX_DISKS, MachineConfig, MachineIo, NicConfig};
 pub use dirty::{DirtyLedger, DirtySet};
+pub use disk::{ByteRange, Disk, DiskImage, DiskSerial, FileStorage, ImageError, Storage};
 pub use kvm::{BuildError, KvmMachine};
 pub use machine::{Machine, MachineEvent};
 pub use memory::{GuestRam, PAGE_SIZE, PageNo};

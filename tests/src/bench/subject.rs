@@ -74,7 +74,7 @@ impl Subject {
         let gate = Gate::new(limits, Arc::new(Sink(frames)), clock, Arc::clone(&metrics));
         let config = demo_config(kernel.to_path_buf(), vcpus, memory_bytes);
         let ports: Vec<Arc<dyn FramePort>> = vec![Arc::new(guest_end)];
-        let io = MachineIo { outputs: Arc::clone(&gate) as _, ports, console_input: None };
+        let io = MachineIo { outputs: Arc::clone(&gate) as _, ports, disks: Vec::new(), console_input: None };
         let mut machine = KvmMachine::build(&config, io)?;
         machine.load()?;
         gate.open();

@@ -80,6 +80,7 @@ pub fn demo_config(kernel: PathBuf, vcpus: u8, memory_bytes: u64) -> MachineConf
         initrd: None,
         cmdline: "ip=10.77.0.10/24".into(),
         nics: vec![NicConfig { mac: GUEST_MAC }],
+        disks: Vec::new(),
     }
 }
 
@@ -90,6 +91,7 @@ pub fn demo_config(kernel: PathBuf, vcpus: u8, memory_bytes: u64) -> MachineConf
 #[must_use]
 pub fn build(config: &MachineConfig, outputs: &Arc<Recorder>, port: &Arc<SocketPort>) -> KvmMachine {
     let ports = config.nics.iter().map(|_| Arc::clone(port) as Arc<dyn FramePort>).collect();
-    let io = MachineIo { outputs: Arc::clone(outputs) as Arc<dyn Outputs>, ports, console_input: None };
+    let io =
+        MachineIo { outputs: Arc::clone(outputs) as Arc<dyn Outputs>, ports, disks: Vec::new(), console_input: None };
     KvmMachine::build(config, io).expect("a machine on KVM (FT_NO_KVM=1 leaves this test out where there is none)")
 }

@@ -10,7 +10,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryError};
 use vmm_sys_util::errno;
 
 use super::{cpuid, facts, probe};
-use crate::config::{Fact, MachineConfig, MachineIo};
+use crate::config::{Fact, MachineConfig, MachineIo, check_disks};
 use crate::devices::host_io::{Gate, HostIo};
 use crate::devices::irq::IrqLine;
 use crate::devices::serial::SerialPort;
@@ -139,6 +139,10 @@ fn check(config: &MachineConfig, io: &MachineIo) -> Result<(), BuildError> {
         let (ports, nics) = (io.ports.len(), config.nics.len());
         return Err(BuildError::Config(format!("{ports} frame ports for {nics} network devices")));
     }
+    check_disks(config, io).map_err(BuildError::Config)?;
+    if !config.disks.is_empty() {
+        return Err(BuildError::Config("this machine has no block device yet".into()));
+    }
     match config.nics.iter().find(|nic| nic.mac[0] & 1 != 0 || nic.mac == [0; 6]) {
         Some(nic) => Err(BuildError::Config(format!("{:02x?} is not the address of one station", nic.mac))),
         None => Ok(()),
@@ -204,7 +208,7 @@ fn make_devices(
     ram: &Arc<GuestRam>,
     host_io: &HostIo,
 ) -> Devices {
-    let MachineIo { outputs, ports, console_input } = io;
+    let MachineIo { outputs, ports, disks: _, console_input } = io;
     let line = |number| IrqLine::new(Arc::clone(vm), number);
     let serial = SerialPort::new(line(SERIAL_IRQ), Arc::clone(&outputs), host_io.bell(), console_input);
     let virtio = config

@@ -64,6 +64,7 @@ pub(super) fn config(kernel: PathBuf, vcpus: u8) -> MachineConfig {
         initrd: None,
         cmdline: String::new(),
         nics: vec![NicConfig { mac: [2, 0, 0, 0, 0, 7] }],
+        disks: Vec::new(),
     }
 }
 
@@ -78,6 +79,7 @@ pub(super) fn bench_with_input(config: &MachineConfig, console_input: Option<Own
     let io = MachineIo {
         outputs: Arc::clone(&heard) as Arc<dyn Outputs>,
         ports: vec![Arc::new(port) as Arc<dyn FramePort>],
+        disks: Vec::new(),
         console_input,
     };
     let machine = KvmMachine::build(config, io).expect("a machine on KVM (FT_NO_KVM=1 where there is none)");

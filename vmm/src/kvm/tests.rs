@@ -454,8 +454,12 @@ fn load_of_too_much_is_refused() {
 
 #[test]
 fn build_of_a_wrong_parts_list_is_refused() {
-    let io =
-        || MachineIo { outputs: Arc::new(super::testing::Heard::default()), ports: Vec::new(), console_input: None };
+    let io = || MachineIo {
+        outputs: Arc::new(super::testing::Heard::default()),
+        ports: Vec::new(),
+        disks: Vec::new(),
+        console_input: None,
+    };
     let good = config("/nowhere".into(), 1);
     let without_vcpus = MachineConfig { vcpus: 0, ..good.clone() };
     let with_three = MachineConfig { vcpus: 3, ..good.clone() };

@@ -13,7 +13,7 @@ use mio::{Events, Interest, Poll, Token, Waker};
 
 use super::options::{BadWord, ProgramOptions};
 use super::program::{End, ModelProgram, ProgramError};
-use crate::config::{ClockPolicy, Fact, MachineConfig, MachineIo};
+use crate::config::{ClockPolicy, Fact, MachineConfig, MachineIo, check_disks};
 use crate::dirty::{DirtyLedger, DirtySet};
 use crate::machine::{
     BootError, CaptureError, DirtyError, Machine, MachineEvent, PauseError, RestoreError, RunError, StopTimings,
@@ -150,7 +150,7 @@ impl ModelMachine {
 
         let poll = Poll::new().map_err(host("epoll_create"))?;
         let waker = Arc::new(Waker::new(poll.registry(), BELL).map_err(host("eventfd"))?);
-        let MachineIo { outputs, ports, console_input } = io;
+        let MachineIo { outputs, ports, disks: _, console_input } = io;
         for (token, port) in ports.iter().enumerate() {
             let fd = port.as_fd().as_raw_fd();
             poll.registry()
@@ -196,6 +196,7 @@ fn check(config: &MachineConfig, io: &MachineIo) -> Result<(), ModelBuildError> 
         let (ports, nics) = (io.ports.len(), config.nics.len());
         return Err(ModelBuildError::Config(format!("{ports} frame ports for {nics} network devices")));
     }
+    check_disks(config, io).map_err(ModelBuildError::Config)?;
     match config.nics.iter().find(|nic| nic.mac[0] & 1 != 0 || nic.mac == [0; 6]) {
         Some(nic) => Err(ModelBuildError::Config(format!("{:02x?} is not the address of one station", nic.mac))),
         None => Ok(()),
@@ -216,6 +217,9 @@ fn facts(config: &MachineConfig, options: &ProgramOptions) -> Vec<Fact> {
         let [a, b, c, d, e, f] = nic.mac;
         let mac = format!("net {a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}");
         facts.push(fact(&format!("device.net.{slot}"), mac));
+    }
+    for (number, disk) in config.disks.iter().enumerate() {
+        facts.push(fact(&format!("device.blk.{number}"), disk.fact()));
     }
     facts
 }
