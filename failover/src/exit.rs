@@ -46,6 +46,10 @@ pub enum ExitCode {
     ColdStartRefused = 26,
     /// This host could not stop, resume or run the machine any longer; a backup in sync takes over.
     MachineFailed = 27,
+    /// A disk image is missing, busy, of another size, or may not be opened; or the host failed to read or write one of a disk's files.
+    DiskUnusable = 28,
+    /// A disk's map or journal is of another VM or disk, or cannot be read: nothing was overwritten.
+    DiskForeign = 29,
     /// Wrong use of the command line.
     Usage = 64,
     /// Not permitted.
@@ -56,7 +60,7 @@ pub enum ExitCode {
 
 impl ExitCode {
     /// All codes, in the order of their numbers.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 25] = [
         Self::Ok,
         Self::Failure,
         Self::NoKvm,
@@ -77,6 +81,8 @@ impl ExitCode {
         Self::StopNotRecorded,
         Self::ColdStartRefused,
         Self::MachineFailed,
+        Self::DiskUnusable,
+        Self::DiskForeign,
         Self::Usage,
         Self::Permission,
         Self::Config,
@@ -105,6 +111,8 @@ impl ExitCode {
             Self::StopNotRecorded => 25,
             Self::ColdStartRefused => 26,
             Self::MachineFailed => 27,
+            Self::DiskUnusable => 28,
+            Self::DiskForeign => 29,
             Self::Usage => 64,
             Self::Permission => 77,
             Self::Config => 78,
@@ -134,6 +142,8 @@ impl ExitCode {
             Self::StopNotRecorded => "stop-not-recorded",
             Self::ColdStartRefused => "cold-start-refused",
             Self::MachineFailed => "machine-failed",
+            Self::DiskUnusable => "disk-unusable",
+            Self::DiskForeign => "disk-foreign",
             Self::Usage => "usage",
             Self::Permission => "permission",
             Self::Config => "config",

@@ -52,7 +52,8 @@ impl PairConfig {
         self.check_timers()?;
         self.check_limits()?;
         self.check_arbiter()?;
-        self.check_nodes()
+        self.check_nodes()?;
+        self.check_disks()
     }
 
     fn check_arbiter(&self) -> Result<(), Wrong> {
@@ -131,6 +132,8 @@ impl PairConfig {
         size_within("limits.staging", limits.staging, least, most)?;
         size_within("limits.inbox", limits.inbox, least, most)?;
         size_within("limits.backlog", limits.backlog, least, most)?;
+        size_within("limits.disk_log", limits.disk_log, least, most)?;
+        size_within("limits.journal", limits.journal, least, most)?;
         size_within("limits.output", limits.output, 64 << 10, most)
     }
 
@@ -230,6 +233,7 @@ impl PairConfig {
                 span(t.max_hold),
                 span(t.fenced_keep)
             ),
+            self.derived_disks(),
             match &self.arbiter {
                 ArbiterSection::File { path: _ } => {
                     "arbiter: a file, for two processes on one host; two hosts need etcd".to_owned()

@@ -12,9 +12,11 @@ use replication_proto::{NodeName, VmId};
 use serde::{Deserialize, Serialize};
 
 mod check;
+mod disks;
 mod etcd;
 mod units;
 
+pub use disks::{DiskName, DiskPaths, DiskSection, MAX_DISKS};
 pub use etcd::EtcdSection;
 pub use units::{format_size, format_span, parse_size, parse_span};
 
@@ -253,6 +255,12 @@ pub struct LimitsSection {
     /// Held output.
     #[serde(with = "units::size")]
     pub output: u64,
+    /// Changes of disks in one epoch at the primary: over it, the guest's writers wait for the next checkpoint.
+    #[serde(with = "units::size")]
+    pub disk_log: u64,
+    /// The journal file at the backup: over it, images are synced and it starts anew.
+    #[serde(with = "units::size")]
+    pub journal: u64,
 }
 
 /// `[arbiter]`
@@ -331,6 +339,9 @@ pub struct NodeSection {
     pub console: Option<Console>,
     /// What this node remembers across restarts.
     pub state_dir: PathBuf,
+    /// This node's images (raw files or block devices), one for each `[[disk]]`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub disks: DiskPaths,
 }
 
 impl NodeSection {
@@ -346,6 +357,9 @@ impl NodeSection {
 pub struct PairConfig {
     /// The guest.
     pub vm: VmSection,
+    /// Its disks, in the order in which it sees them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disk: Vec<DiskSection>,
     /// Checkpointing.
     #[serde(default)]
     pub epoch: EpochSection,
@@ -398,7 +412,14 @@ mod defaults {
 
     impl Default for LimitsSection {
         fn default() -> Self {
-            Self { staging: 128 << 20, inbox: 256 << 20, backlog: 256 << 20, output: 64 << 20 }
+            Self {
+                staging: 128 << 20,
+                inbox: 256 << 20,
+                backlog: 256 << 20,
+                output: 64 << 20,
+                disk_log: 64 << 20,
+                journal: 256 << 20,
+            }
         }
     }
 }
@@ -455,6 +476,7 @@ impl PairConfig {
         for node in self.nodes.values_mut() {
             absolute(&mut node.control);
             absolute(&mut node.state_dir);
+            node.disks.values_mut().for_each(absolute);
             if let Some(Console::File(path) | Console::Unix(path)) = &mut node.console {
                 absolute(path);
             }

@@ -214,3 +214,64 @@ fn the_readme_s_example_is_a_configuration() {
     let [a, b] = ["a", "b"].map(|name| config.node(&config.pick(name).unwrap()).unwrap());
     assert_eq!((&a.control, &a.state_dir), (&b.control, &b.state_dir));
 }
+
+/// The pair's file with `disks` in front of it, and these `disks = ` lines in its nodes.
+fn with_disks(disks: &str, a: &str, b: &str) -> String {
+    let text = edited("state_dir = \"/var/lib/ft/a\"", &format!("state_dir = \"/var/lib/ft/a\"\n{a}"));
+    let text = text.replacen("state_dir = \"/var/lib/ft/b\"", &format!("state_dir = \"/var/lib/ft/b\"\n{b}"), 1);
+    format!("{text}\n{disks}")
+}
+
+const DATA: &str = "[[disk]]\nname = \"data\"\n";
+
+#[test]
+fn disks_have_defaults_and_a_path_on_each_node() {
+    let disks = "[[disk]]\nname = \"root\"\nread_only = true\n[[disk]]\nname = \"data\"\nsize = \"64MiB\"\n";
+    let a = "disks = { root = \"r.img\", data = \"/dev/vg/data\" }";
+    let config = parse(&with_disks(disks, a, "disks = { data = \"b.img\", root = \"/r.img\" }")).unwrap();
+    let shapes: Vec<_> = config.disk.iter().map(|d| (d.name.as_str(), d.size, d.read_only)).collect();
+    assert_eq!(shapes, [("root", None, true), ("data", Some(64 << 20), false)]);
+    let paths = &config.node(&config.pick("a").unwrap()).unwrap().disks;
+    assert_eq!(paths[&config.disk[0].name], Path::new("/etc/ft/r.img"));
+    assert_eq!(paths[&config.disk[1].name], Path::new("/dev/vg/data"));
+    assert_eq!((config.limits.disk_log, config.limits.journal), (64 << 20, 256 << 20));
+    assert!(config.derived().contains("root (as large as its image, read-only"), "{}", config.derived());
+    assert_eq!(parse(&config.effective()), Ok(config.clone()));
+    assert!(parse(GOOD).unwrap().derived().contains("disks: none"));
+}
+
+#[test]
+fn disks_that_lack_an_image_or_share_one_are_refused() {
+    let both = format!("{DATA}[[disk]]\nname = \"log\"\n");
+    let many: String = (0..5).map(|n| format!("[[disk]]\nname = \"d{n}\"\n")).collect();
+    let (a, b) = ("disks = { data = \"a.img\" }", "disks = { data = \"b.img\" }");
+    let cases = [
+        (with_disks(DATA, a, ""), "nodes.b.disks.data: missing: the path"),
+        (with_disks("", a, b), "nodes.a.disks.data: there is no [[disk]] of this name"),
+        (with_disks(DATA, a, a), "nodes.b.disks.data: an image of node a, too: disks are not shared"),
+        (
+            with_disks(&both, "disks = { data = \"a\", log = \"l\" }", "disks = { data = \"b\", log = \"a\" }"),
+            "nodes.b.disks.log: an image of node a, too",
+        ),
+        (with_disks(&both, "disks = { data = \"a\", log = \"a\" }", ""), "nodes.a.disks.log: the same image"),
+        (with_disks(&format!("{DATA}{DATA}"), a, b), "disk.name: \"data\" is there twice"),
+        (with_disks(&many, "", ""), "disk: 5 disks: at most 4"),
+        (with_disks(DATA, "disks = { data = \"/\" }", b), "nodes.a.disks.data: names no file"),
+        (with_disks(&format!("{DATA}size = \"0B\""), a, b), "disk.data.size: 0B is out of bounds"),
+        (with_disks(&format!("{DATA}size = \"1000B\""), a, b), "disk.data.size: must be a multiple"),
+        (with_disks(&format!("{DATA}size = \"9999999GiB\""), a, b), "disk.data.size"),
+        (with_disks(&format!("{DATA}size = 5"), a, b), "size = 5"),
+        (with_disks(&format!("{DATA}sizes = \"1MiB\""), a, b), "unknown field `sizes`"),
+        (with_disks("[[disk]]\nname = \"../x\"", "", ""), "not a disk name"),
+        (with_disks("[[disk]]\nname = \"twenty-one-characters\"", "", ""), "not a disk name"),
+        (format!("{GOOD}[limits]\njournal = \"4KiB\"\n"), "limits.journal"),
+        (format!("{GOOD}[limits]\ndisk_log = \"4KiB\"\n"), "limits.disk_log"),
+    ];
+    for (text, expected) in cases {
+        let found = message(&text);
+        assert!(found.contains(expected), "{found}\n  lacks {expected}");
+    }
+    // Two hosts: the same path is two files.
+    let two = with_disks(DATA, a, a).replacen("127.0.0.1:7401", "10.78.0.2:7400", 1);
+    assert!(parse(&format!("{two}[link]\ninsecure_lab = true\n")).is_ok());
+}
