@@ -10,7 +10,7 @@ use bytes::Bytes;
 use replication_proto::limits::PAGE_BYTES;
 use replication_proto::{
     CheckpointKind, Epoch, EpochDigest, Facts, Generation, Identity, Incarnation, NodeName, PageIndex, PageRange,
-    RamLayout, Receiver, ReceiverConfig, ReceiverEvent, ReceiverLimits, Sender, SenderConfig, VmId,
+    RamLayout, Receiver, ReceiverConfig, ReceiverEvent, ReceiverLimits, Sender, SenderConfig, Standing, VmId,
 };
 
 const PAGES: usize = 1000;
@@ -59,13 +59,21 @@ fn main() {
     let config = SenderConfig {
         identity: identity("a", 1),
         ram: ram.clone(),
+        disks: Vec::new(),
         facts: facts.clone(),
         max_in_flight: 1,
         compress_base: false,
     };
-    let limits = ReceiverLimits { max_epoch_pages: pages, max_epoch_section_bytes: 1 << 20 };
+    let limits = ReceiverLimits { max_epoch_pages: pages, max_epoch_section_bytes: 1 << 20, max_epoch_disk_bytes: 0 };
     let mut sender = Sender::new(config);
-    let mut receiver = Receiver::new(ReceiverConfig { identity: identity("b", 2), ram, facts, limits });
+    let mut receiver = Receiver::new(ReceiverConfig {
+        identity: identity("b", 2),
+        ram,
+        disks: Vec::new(),
+        standing: Standing::default(),
+        facts,
+        limits,
+    });
     // Every other page, as after a checkpoint of a real guest: runs are short.
     let indexes: Vec<PageIndex> =
         (0..pages / 2).map(|n| PageIndex(2 * n)).chain((0..pages / 2).map(|n| PageIndex(2 * n + 1))).collect();
@@ -97,7 +105,7 @@ fn main() {
         } else {
             sender.pages_shared(&indexes, &shared).unwrap();
         }
-        sender.end().unwrap();
+        sender.end(false).unwrap();
         drain(&mut sender, &mut wire);
         times[1 + round % 2].push(start.elapsed());
         let stream = wire.concat();

@@ -6,6 +6,7 @@ use core::fmt;
 
 use xxhash_rust::xxh3::Xxh3;
 
+use crate::disk::{DiskChange, DiskContent};
 use crate::ids::{Epoch, PageIndex};
 use crate::limits::PAGE_BYTES;
 use crate::message::CheckpointKind;
@@ -13,6 +14,8 @@ use crate::wire::codec::wide;
 
 const TAG_PAGE: u8 = 1;
 const TAG_SECTION: u8 = 2;
+const TAG_DISK_BYTES: u8 = 3;
+const TAG_DISK_ZEROS: u8 = 4;
 
 /// XXH3-128 of one checkpoint's contents.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -65,6 +68,20 @@ impl EpochDigest {
         head[5..].copy_from_slice(&wide(bytes.len()).to_le_bytes());
         self.0.update(&head);
         self.0.update(bytes);
+    }
+
+    /// One change of a disk.
+    pub fn disk(&mut self, change: &DiskChange) {
+        let DiskChange { disk, offset, content } = change;
+        let tag = if matches!(content, DiskContent::Bytes(_)) { TAG_DISK_BYTES } else { TAG_DISK_ZEROS };
+        let mut head = [tag; 18];
+        head[1] = *disk;
+        head[2..10].copy_from_slice(&offset.to_le_bytes());
+        head[10..].copy_from_slice(&change.len().to_le_bytes());
+        self.0.update(&head);
+        if let DiskContent::Bytes(bytes) = content {
+            self.0.update(bytes);
+        }
     }
 
     /// The digest of what was added so far.

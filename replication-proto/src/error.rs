@@ -149,6 +149,10 @@ coded! {
         /// A page twice in one delta.
         PageTwice { /// Which.
             page: PageIndex } = "misbehaved.page_twice" "page {page} came twice in one delta",
+        /// A change that is not in a disk.
+        DiskOutside { /// Which disk.
+            disk: u8, /// Where, in bytes.
+            offset: u64 } = "misbehaved.disk_outside" "a change at byte {offset} of disk {disk} is not in a disk of the guest",
         /// A base ended without some pages.
         BaseIncomplete { /// How many.
             missing: u64 } = "misbehaved.base_incomplete" "the base ended without {missing} pages",

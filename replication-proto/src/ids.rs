@@ -127,6 +127,21 @@ counter_id! {
     Epoch
 }
 
+/// A committed state of the VM. Epoch numbers are never used twice within a generation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Point {
+    /// Under which the guest ran.
+    pub generation: Generation,
+    /// The epoch at whose end it was.
+    pub epoch: Epoch,
+}
+
+impl fmt::Display for Point {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "epoch {} of generation {}", self.epoch, self.generation)
+    }
+}
+
 impl Epoch {
     /// Every epoch on the wire is below this. No pair comes near it; a peer that names a later one is refused, so that whoever activates what
     /// the peer sent never runs out of numbers.

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod digest;
+mod disk;
 mod error;
 mod facts;
 mod greeting;
@@ -23,10 +24,14 @@ mod sender;
 mod wire;
 
 pub use digest::{CheckpointDigest, EpochDigest};
+pub use disk::{
+    Comparable, DiskChange, DiskContent, DiskStanding, PieceHashes, PiecesWanted, Standing, Verified, disk_pieces,
+    piece_hash,
+};
 pub use error::{ApiMisuse, Incompatible, LinkError, Malformed, Misbehaved};
 pub use facts::{FactError, Facts};
 pub use greeting::{Caller, Greeting};
-pub use ids::{Epoch, Generation, IdError, Identity, Incarnation, NodeName, PageIndex, VmId};
+pub use ids::{Epoch, Generation, IdError, Identity, Incarnation, NodeName, PageIndex, Point, VmId};
 pub use liveness::Liveness;
 pub use message::{
     Accept, Channel, CheckpointKind, Difference, EndOfCheckpoint, Features, Goodbye, GoodbyeReason, HeartbeatBody,

@@ -26,6 +26,8 @@ pub const MAX_FACT_NAME_BYTES: usize = 64;
 pub const MAX_FACT_VALUE_BYTES: usize = 1024;
 /// Most bytes of a text for people (refusal, goodbye).
 pub const MAX_TEXT_BYTES: usize = 512;
+/// Most questions after equal pieces that wait for their answers.
+pub const MAX_QUESTIONS: usize = 64;
 /// Most differences that one refusal names; the rest is left out.
 pub const MAX_DIFFERENCES: usize = 64;
 /// Most bytes of one value in a difference; the rest is cut off.
@@ -47,6 +49,25 @@ pub const ZSTD_LEVEL: i32 = 1;
 /// Smaller sections are sent as they are.
 pub const MIN_COMPRESSED_SECTION_BYTES: usize = PAGE_BYTES;
 
+/// Bytes of the unit in which disks are addressed.
+pub const SECTOR_BYTES: u64 = 512;
+/// Most disks of a machine.
+pub const MAX_DISKS: usize = 4;
+/// Most bytes of data of one disk change.
+pub const MAX_DISK_CHANGE_BYTES: usize = 256 << 10;
+/// Most bytes that one change sets to zero.
+pub const MAX_DISK_ZERO_BYTES: u64 = 1 << 30;
+/// Most changes of one checkpoint.
+pub const MAX_DISK_CHANGES_PER_EPOCH: u32 = 1 << 20;
+/// Bytes of a disk that are compared by one hash.
+pub const DISK_PIECE_BYTES: u64 = 4096;
+/// Most pieces compared by one message.
+pub const MAX_PIECES_PER_MESSAGE: usize = 4096;
+/// Most differences that one answer to a comparison of both sides names.
+pub const MAX_VERIFY_FINDINGS: usize = 64;
+/// Most bytes of an encoded set of dirty blocks.
+pub const MAX_DIRTY_BYTES: usize = 192 << 10;
+
 const _: () = {
     // The largest of each message fits a payload.
     assert!(MAX_PAGES_PER_MESSAGE > 0 && MAX_PAGES_PER_MESSAGE <= u16::MAX as usize);
@@ -59,6 +80,9 @@ const _: () = {
         16 + MAX_TEXT_BYTES + MAX_DIFFERENCES * (5 + MAX_FACT_NAME_BYTES + 2 * MAX_DIFFERENCE_VALUE_BYTES)
             <= MAX_PAYLOAD_BYTES
     );
+    assert!(16 + MAX_DISK_CHANGE_BYTES <= MAX_PAYLOAD_BYTES && MAX_DISK_CHANGE_BYTES.is_multiple_of(512));
+    assert!(16 + 16 * MAX_PIECES_PER_MESSAGE <= MAX_PAYLOAD_BYTES);
+    assert!(64 + MAX_DISKS * (24 + MAX_DIRTY_BYTES) <= MAX_PAYLOAD_BYTES);
     // Lengths and counts fit the fields that carry them.
     assert!(MAX_PAYLOAD_BYTES <= u32::MAX as usize);
     assert!(MAX_FACT_NAME_BYTES <= u8::MAX as usize);

@@ -91,6 +91,8 @@ pub struct Accept {
     pub features: u64,
     /// The backup's host.
     pub node: NodeName,
+    /// What it holds of an earlier life.
+    pub standing: crate::disk::Standing,
 }
 
 /// Why a side refuses. Numbers on the wire never change their meaning.
@@ -122,12 +124,14 @@ pub enum RefuseCode {
     Misbehaved,
     /// A fault of the refusing side.
     Internal,
+    /// A disk of the backup failed or is not the one of this VM.
+    Disk,
     /// A code that this build does not know.
     Unknown(u16),
 }
 
 impl RefuseCode {
-    const KNOWN: [(u16, Self); 13] = [
+    const KNOWN: [(u16, Self); 14] = [
         (1, Self::OtherVm),
         (2, Self::SelfConnection),
         (3, Self::Version),
@@ -141,6 +145,7 @@ impl RefuseCode {
         (11, Self::Malformed),
         (12, Self::Misbehaved),
         (13, Self::Internal),
+        (14, Self::Disk),
     ];
 
     pub(crate) fn number(self) -> u16 {
@@ -174,6 +179,7 @@ impl RefuseCode {
             Self::Malformed => "malformed",
             Self::Misbehaved => "misbehaved",
             Self::Internal => "internal",
+            Self::Disk => "disk",
             Self::Unknown(_) => "unknown",
         }
     }
@@ -326,6 +332,10 @@ pub struct EndOfCheckpoint {
     pub pages: u64,
     /// How many sections were sent.
     pub sections: u32,
+    /// How many changes of disks were sent; in a base, pieces that differed among them.
+    pub disk_changes: u64,
+    /// The guest was told in this epoch, or may have been, that its changes are on stable storage: so they must be at the backup before the acknowledgement.
+    pub flushed: bool,
     /// Digest of all of it, in the order sent.
     pub digest: crate::digest::CheckpointDigest,
 }

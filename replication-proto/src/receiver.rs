@@ -1,18 +1,25 @@
 //! The backup's half of a data connection. Page data is passed on, never kept: what is held here is one frame and a bit per page.
 
+use std::collections::VecDeque;
+
 use bytes::Bytes;
 
+use crate::disk::{Comparable, DiskChange, PieceHashes, PiecesWanted, Standing, Verified};
 use crate::error::{ApiMisuse, Incompatible, LinkError, Malformed, Misbehaved};
 use crate::facts::Facts;
 use crate::ids::{Epoch, Generation, Identity, PageIndex};
-use crate::limits::{MAX_BASE_PASSES, MAX_IN_FLIGHT, MAX_SECTIONS_PER_EPOCH};
+use crate::limits::{
+    MAX_BASE_PASSES, MAX_DISK_CHANGES_PER_EPOCH, MAX_DISKS, MAX_IN_FLIGHT, MAX_QUESTIONS, MAX_SECTIONS_PER_EPOCH,
+};
 use crate::message::{
     Accept, Channel, CheckpointKind, Difference, EndOfCheckpoint, Features, Goodbye, GoodbyeReason, Hello,
     NO_GENERATION, Refuse, RefuseCode, VersionRange,
 };
 use crate::negotiate::negotiate;
 use crate::ram::{PageSet, RamLayout};
+use crate::sender::pieces_exist;
 use crate::wire::codec::wide;
+use crate::wire::disk;
 use crate::wire::frame::{Frame, FrameReader, FrameWriter};
 use crate::wire::header::{Header, MessageType};
 use crate::wire::zstd::Decoder;
@@ -25,6 +32,10 @@ pub struct ReceiverConfig {
     pub identity: Identity,
     /// The standby's memory.
     pub ram: RamLayout,
+    /// Bytes of each of its disks.
+    pub disks: Vec<u64>,
+    /// What this side holds of an earlier life: said with the acceptance.
+    pub standing: Standing,
     /// What must be equal on the primary's host.
     pub facts: Facts,
     /// How much one delta may hold.
@@ -38,6 +49,8 @@ pub struct ReceiverLimits {
     pub max_epoch_pages: u64,
     /// Most bytes of one checkpoint's sections together, decoded.
     pub max_epoch_section_bytes: u64,
+    /// Most bytes of one delta's changes of disks together.
+    pub max_epoch_disk_bytes: u64,
 }
 
 /// What came from the primary, checked.
@@ -72,6 +85,10 @@ pub enum ReceiverEvent {
         /// The state.
         bytes: Bytes,
     },
+    /// A change of a disk, of the checkpoint under way: it lies in its disk.
+    Disk(DiskChange),
+    /// The primary asks, within a base, which of these pieces differ here: answer each with [`wanted`](Receiver::wanted), in order.
+    Hashes(PieceHashes),
     /// The checkpoint under way is whole by its counts. Compare [`EndOfCheckpoint::digest`] with the digest of what is held
     /// ([`crate::EpochDigest`]) before committing; then [`ack`](Receiver::ack).
     End(EndOfCheckpoint),
@@ -101,6 +118,8 @@ pub struct Receiver {
     reader: FrameReader,
     writer: FrameWriter,
     ram: RamLayout,
+    disks: Vec<u64>,
+    standing: Standing,
     facts: Facts,
     limits: ReceiverLimits,
     decoder: Option<Decoder>,
@@ -112,6 +131,8 @@ pub struct Receiver {
     ended: Option<Epoch>,
     /// The last checkpoint acked; before the first ack, the one in front of the base.
     acked: Epoch,
+    /// What was asked and not answered: of what, first piece, pieces.
+    asked: VecDeque<(Comparable, u64, usize)>,
     /// We refused or said goodbye: nothing more is sent, and what still comes is not looked at.
     silent: bool,
     failure: Option<LinkError>,
@@ -133,17 +154,22 @@ struct Checkpoint {
     pages: u64,
     sections: u32,
     section_bytes: u64,
+    disk_changes: u64,
+    disk_bytes: u64,
 }
 
 impl Receiver {
     /// A connection that waits for a hello.
     pub fn new(config: ReceiverConfig) -> Self {
-        let ReceiverConfig { identity, ram, facts, limits } = config;
+        let ReceiverConfig { identity, ram, disks, standing, facts, limits } = config;
+        assert!(disks.len() <= MAX_DISKS && standing.disks.len() == disks.len(), "a standing for each of few disks");
         Self {
             reader: FrameReader::default(),
             writer: FrameWriter::new(identity),
             came: PageSet::new(&ram),
             ram,
+            disks,
+            standing,
             facts,
             limits,
             decoder: None,
@@ -151,6 +177,7 @@ impl Receiver {
             phase: Phase::AwaitHello,
             ended: None,
             acked: Epoch(0),
+            asked: VecDeque::new(),
             silent: false,
             failure: None,
         }
@@ -218,6 +245,53 @@ impl Receiver {
             }
             this.acked = epoch;
             this.writer.frame(MessageType::Ack, epoch, &[], &[]);
+            Ok(())
+        })
+    }
+
+    /// Answers what was asked first and not answered: which of the pieces are wanted. Pages that are not wanted are here.
+    ///
+    /// # Errors
+    /// [`ApiMisuse`] if something else is due.
+    pub fn wanted(&mut self, answer: &PiecesWanted) -> Result<(), LinkError> {
+        self.guarded(|this| {
+            if this.silent || this.asked.pop_front() != Some((answer.of, answer.first, answer.wanted.len())) {
+                return Err(ApiMisuse::State { needs: "the question that is answered, first of all" }.into());
+            }
+            if answer.of == Comparable::Memory {
+                for (page, _) in (answer.first..).zip(&answer.wanted).filter(|(_, wanted)| !**wanted) {
+                    let position = this.ram.position(PageIndex(page)).expect("questions are checked when they come");
+                    this.came.insert(position);
+                }
+            }
+            let epoch = this.phase.checkpoint().epoch;
+            this.writer.frame(MessageType::Wanted, epoch, &disk::put_wanted(answer), &[]);
+            Ok(())
+        })
+    }
+
+    /// Tells the primary that every change of a disk through `epoch` is on stable storage here.
+    ///
+    /// # Errors
+    /// [`ApiMisuse`] after this side ended the connection.
+    pub fn durable(&mut self, epoch: Epoch) -> Result<(), LinkError> {
+        self.tell(MessageType::Durable, epoch, &[])
+    }
+
+    /// Tells the primary what a comparison as of the end of `epoch` found.
+    ///
+    /// # Errors
+    /// [`ApiMisuse`] after this side ended the connection.
+    pub fn verified(&mut self, epoch: Epoch, found: &Verified) -> Result<(), LinkError> {
+        self.tell(MessageType::Verified, epoch, &disk::put_verified(found))
+    }
+
+    fn tell(&mut self, message: MessageType, epoch: Epoch, payload: &[u8]) -> Result<(), LinkError> {
+        self.guarded(|this| {
+            if this.silent || this.peer.is_none() {
+                return Err(ApiMisuse::State { needs: "a connection that was not ended by this side" }.into());
+            }
+            this.writer.frame(message, epoch, payload, &[]);
             Ok(())
         })
     }
@@ -307,7 +381,14 @@ impl Receiver {
             }
             (Phase::Idle, MessageType::Begin) => self.handle_begin(header.epoch, &payload),
             (Phase::Idle, _) => Err(unexpected("Begin")),
-            (Phase::Checkpoint(checkpoint), MessageType::Pages | MessageType::Section | MessageType::End) => {
+            (
+                Phase::Checkpoint(checkpoint),
+                MessageType::Pages
+                | MessageType::Section
+                | MessageType::DiskChange
+                | MessageType::Hashes
+                | MessageType::End,
+            ) => {
                 let (expected, found) = (checkpoint.epoch, header.epoch);
                 if found != expected {
                     return Err(Misbehaved::Epoch { expected, found }.into());
@@ -315,10 +396,12 @@ impl Receiver {
                 match message {
                     MessageType::Pages => self.handle_pages(&payload),
                     MessageType::Section => self.handle_section(&payload),
+                    MessageType::DiskChange => self.handle_disk_change(&payload),
+                    MessageType::Hashes => self.handle_hashes(&payload),
                     _ => self.handle_end(&payload),
                 }
             }
-            (Phase::Checkpoint(_), _) => Err(unexpected("Pages, Section or End")),
+            (Phase::Checkpoint(_), _) => Err(unexpected("a part of the checkpoint, or its End")),
         }
     }
 
@@ -338,7 +421,8 @@ impl Receiver {
         // From here on the primary's generation is the highest known, and the answer carries it.
         self.writer.set_generation(generation);
         self.decoder = agreed.has(Features::ZSTD).then(Decoder::new);
-        let accept = Accept { version: agreed.version, features: agreed.features, node: ours.node };
+        let standing = self.standing.clone();
+        let accept = Accept { version: agreed.version, features: agreed.features, node: ours.node, standing };
         self.writer.frame(MessageType::Accept, Epoch(0), &messages::put_accept(&accept), &[]);
         self.peer = Some(peer.clone());
         self.phase = Phase::Idle;
@@ -363,7 +447,15 @@ impl Receiver {
             _ => return Err(Misbehaved::Kind.into()),
         }
         self.came.clear();
-        self.phase = Phase::Checkpoint(Checkpoint { epoch, kind, pages: 0, sections: 0, section_bytes: 0 });
+        self.phase = Phase::Checkpoint(Checkpoint {
+            epoch,
+            kind,
+            pages: 0,
+            sections: 0,
+            section_bytes: 0,
+            disk_changes: 0,
+            disk_bytes: 0,
+        });
         Ok(ReceiverEvent::Begin { epoch, kind })
     }
 
@@ -400,9 +492,44 @@ impl Receiver {
         Ok(ReceiverEvent::Section { kind, version, bytes })
     }
 
+    fn handle_disk_change(&mut self, payload: &Bytes) -> Result<ReceiverEvent, LinkError> {
+        let change = disk::change(payload, self.decoder.as_mut())?;
+        let Some(_) = self.disks.get(usize::from(change.disk)).filter(|bytes| change.fits(**bytes)) else {
+            return Err(Misbehaved::DiskOutside { disk: change.disk, offset: change.offset }.into());
+        };
+        let most = self.limits.max_epoch_disk_bytes;
+        let checkpoint = self.phase.checkpoint();
+        checkpoint.disk_changes += 1;
+        if checkpoint.kind == CheckpointKind::Delta {
+            checkpoint.disk_bytes += wide(change.weight());
+            let many = checkpoint.disk_changes > u64::from(MAX_DISK_CHANGES_PER_EPOCH);
+            if many || checkpoint.disk_bytes > most {
+                return Err(Misbehaved::EpochTooLarge { what: "changes of disks" }.into());
+            }
+        }
+        Ok(ReceiverEvent::Disk(change))
+    }
+
+    fn handle_hashes(&mut self, payload: &Bytes) -> Result<ReceiverEvent, LinkError> {
+        let ask = disk::hashes(payload)?;
+        let count = ask.hashes.len();
+        if self.phase.checkpoint().kind != CheckpointKind::Base {
+            return Err(Misbehaved::Unexpected { message: "Hashes", waiting_for: "a part of a delta" }.into());
+        }
+        if !pieces_exist(&self.ram, &self.disks, ask.of, ask.first, count) {
+            return Err(Malformed::Value { field: "pieces" }.into());
+        }
+        if self.asked.len() >= MAX_QUESTIONS {
+            return Err(Misbehaved::TooManyInFlight.into());
+        }
+        self.asked.push_back((ask.of, ask.first, count));
+        Ok(ReceiverEvent::Hashes(ask))
+    }
+
     fn handle_end(&mut self, payload: &[u8]) -> Result<ReceiverEvent, LinkError> {
         let missing = self.ram.pages() - self.came.len();
-        let &mut Checkpoint { epoch, kind, pages, sections, section_bytes: _ } = self.phase.checkpoint();
+        let &mut Checkpoint { epoch, kind, pages, sections, section_bytes: _, disk_changes, disk_bytes: _ } =
+            self.phase.checkpoint();
         let end = messages::end(payload, epoch, kind)?;
         if end.pages != pages {
             return Err(Misbehaved::WrongCount { what: "pages" }.into());
@@ -410,8 +537,14 @@ impl Receiver {
         if end.sections != sections {
             return Err(Misbehaved::WrongCount { what: "sections" }.into());
         }
+        if end.disk_changes != disk_changes {
+            return Err(Misbehaved::WrongCount { what: "changes of disks" }.into());
+        }
         if kind == CheckpointKind::Base && missing > 0 {
             return Err(Misbehaved::BaseIncomplete { missing }.into());
+        }
+        if !self.asked.is_empty() {
+            return Err(Misbehaved::Unexpected { message: "End", waiting_for: "our answers to be taken" }.into());
         }
         self.ended = Some(epoch);
         self.phase = Phase::Idle;

@@ -5,13 +5,15 @@ use std::collections::VecDeque;
 use bytes::{Bytes, BytesMut};
 
 use crate::digest::EpochDigest;
+use crate::disk::{Comparable, DiskChange, PieceHashes, PiecesWanted, Standing, Verified, disk_pieces};
 use crate::error::{ApiMisuse, LinkError, Malformed, Misbehaved};
 use crate::facts::Facts;
 use crate::ids::{Epoch, Generation, Identity, PageIndex};
 use crate::limits::{
-    HEADER_BYTES, MAX_IN_FLIGHT, MAX_INBOUND_BYTES, MAX_PAGES_PER_MESSAGE, MAX_SECTION_BYTES, MAX_SECTIONS_PER_EPOCH,
+    HEADER_BYTES, MAX_BASE_PASSES, MAX_DISK_CHANGES_PER_EPOCH, MAX_DISKS, MAX_IN_FLIGHT, MAX_INBOUND_BYTES,
+    MAX_PAGES_PER_MESSAGE, MAX_PIECES_PER_MESSAGE, MAX_QUESTIONS, MAX_SECTION_BYTES, MAX_SECTIONS_PER_EPOCH,
+    PAGE_BYTES,
 };
-use crate::limits::{MAX_BASE_PASSES, PAGE_BYTES};
 use crate::message::{
     Channel, CheckpointKind, EndOfCheckpoint, Features, Goodbye, GoodbyeReason, Hello, NO_GENERATION, Refuse,
     VersionRange,
@@ -19,6 +21,8 @@ use crate::message::{
 use crate::mutant::{self, Mutant};
 use crate::negotiate::Agreed;
 use crate::ram::{PageSet, RamLayout};
+use crate::wire::codec::wide;
+use crate::wire::disk as wire_disk;
 use crate::wire::frame::{Frame, FrameReader, FrameWriter};
 use crate::wire::header::{Header, MessageType};
 use crate::wire::zstd::Encoder;
@@ -31,6 +35,8 @@ pub struct SenderConfig {
     pub identity: Identity,
     /// The guest's memory.
     pub ram: RamLayout,
+    /// Bytes of each of its disks.
+    pub disks: Vec<u64>,
     /// What must be equal on the backup's host.
     pub facts: Facts,
     /// Most checkpoints begun and not acked, 1 to [`MAX_IN_FLIGHT`].
@@ -46,6 +52,8 @@ pub enum SenderEvent {
     Accepted {
         /// The backup's process.
         peer: Identity,
+        /// What it holds of an earlier life.
+        standing: Standing,
     },
     /// The backup refuses and closes.
     Refused {
@@ -59,6 +67,20 @@ pub enum SenderEvent {
     Committed {
         /// Which.
         epoch: Epoch,
+    },
+    /// The answer to one [`Sender::hashes`], in the order of these: pieces that the backup wants must follow.
+    Wanted(PiecesWanted),
+    /// Every change of a disk through this epoch is on stable storage at the backup.
+    Durable {
+        /// Which.
+        epoch: Epoch,
+    },
+    /// The backup compared a part of its copy, as of the end of this epoch.
+    Verified {
+        /// Which.
+        epoch: Epoch,
+        /// What it found.
+        found: Verified,
     },
     /// The backup ends the connection in order.
     Goodbye {
@@ -83,6 +105,7 @@ pub struct Sender {
     reader: FrameReader,
     writer: FrameWriter,
     ram: RamLayout,
+    disks: Vec<u64>,
     max_in_flight: usize,
     compress_base: bool,
     encoder: Option<Encoder>,
@@ -97,6 +120,10 @@ pub struct Sender {
     handed_out: Epoch,
     /// The last checkpoint acked; before the first ack, the one in front of the base.
     committed: Epoch,
+    /// What was asked and not answered: of what, first piece, pieces.
+    asked: VecDeque<(Comparable, u64, usize)>,
+    /// The last epoch that the backup has on stable storage.
+    durable: Epoch,
     /// The backup said its last word.
     peer_ended: bool,
     failure: Option<LinkError>,
@@ -117,6 +144,7 @@ struct Checkpoint {
     kind: CheckpointKind,
     pages: u64,
     sections: u32,
+    disk_changes: u64,
     digest: EpochDigest,
 }
 
@@ -126,7 +154,8 @@ impl Sender {
     /// # Panics
     /// When `config` has generation 0 or `max_in_flight` is out of its bounds.
     pub fn new(config: SenderConfig) -> Self {
-        let SenderConfig { identity, ram, facts, max_in_flight, compress_base } = config;
+        let SenderConfig { identity, ram, disks, facts, max_in_flight, compress_base } = config;
+        assert!(disks.len() <= MAX_DISKS, "a machine has few disks");
         assert!(identity.generation > NO_GENERATION, "only who has the right to run sends a guest's state");
         assert!((1..=MAX_IN_FLIGHT).contains(&max_in_flight), "max_in_flight out of bounds");
         let hello = Hello {
@@ -144,6 +173,7 @@ impl Sender {
             writer,
             sent_pages: PageSet::new(&ram),
             ram,
+            disks,
             max_in_flight,
             compress_base,
             encoder: None,
@@ -153,6 +183,8 @@ impl Sender {
             begun: None,
             handed_out: Epoch(0),
             committed: Epoch(0),
+            asked: VecDeque::new(),
+            durable: Epoch(0),
             peer_ended: false,
             failure: None,
         }
@@ -245,7 +277,8 @@ impl Sender {
             this.begun = Some(epoch);
             this.sent_pages.clear();
             let digest = EpochDigest::new(epoch, kind);
-            this.phase = Phase::Checkpoint(Box::new(Checkpoint { epoch, kind, pages: 0, sections: 0, digest }));
+            let checkpoint = Checkpoint { epoch, kind, pages: 0, sections: 0, disk_changes: 0, digest };
+            this.phase = Phase::Checkpoint(Box::new(checkpoint));
             this.writer.frame(MessageType::Begin, epoch, &messages::put_begin(kind), &[]);
             Ok(())
         })
@@ -328,19 +361,70 @@ impl Sender {
         })
     }
 
-    /// Ends the checkpoint and tells what it held.
+    /// Adds a change of a disk. In a base: a piece that differs there, or a change since; the later counts.
     ///
     /// # Errors
-    /// [`ApiMisuse`] outside of a checkpoint, or if a base lacks pages.
-    pub fn end(&mut self) -> Result<EndOfCheckpoint, LinkError> {
+    /// [`ApiMisuse`] outside of a checkpoint, for a change that is outside of its disk or over the bounds, and for too many in a delta.
+    pub fn disk_change(&mut self, change: &DiskChange) -> Result<(), LinkError> {
+        self.guarded(|this| {
+            if !this.disks.get(usize::from(change.disk)).is_some_and(|bytes| change.fits(*bytes)) {
+                return Err(ApiMisuse::Size.into());
+            }
+            let (checkpoint, compress) = this.open_checkpoint()?;
+            checkpoint.disk_changes += 1;
+            let many = checkpoint.disk_changes > u64::from(MAX_DISK_CHANGES_PER_EPOCH);
+            if many && checkpoint.kind == CheckpointKind::Delta {
+                return Err(ApiMisuse::Size.into());
+            }
+            checkpoint.digest.disk(change);
+            let epoch = checkpoint.epoch;
+            let encoder = if compress { this.encoder.as_mut() } else { None };
+            let (head, body) = wire_disk::put_change(change, encoder);
+            this.writer.frame(MessageType::DiskChange, epoch, &head, body.as_slice());
+            Ok(())
+        })
+    }
+
+    /// Asks which pieces differ there, within a base. Pages that turn out to be equal count as sent.
+    ///
+    /// # Errors
+    /// [`ApiMisuse`] outside of a base, for pieces that do not exist, and for none or too many at once.
+    pub fn hashes(&mut self, ask: &PieceHashes) -> Result<(), LinkError> {
+        self.guarded(|this| {
+            let count = ask.hashes.len();
+            if this.asked.len() >= MAX_QUESTIONS {
+                return Err(ApiMisuse::State { needs: "fewer questions without an answer" }.into());
+            }
+            if count > MAX_PIECES_PER_MESSAGE || !pieces_exist(&this.ram, &this.disks, ask.of, ask.first, count) {
+                return Err(ApiMisuse::Size.into());
+            }
+            let (checkpoint, _) = this.open_checkpoint()?;
+            if checkpoint.kind != CheckpointKind::Base {
+                return Err(ApiMisuse::State { needs: "a base under way" }.into());
+            }
+            let epoch = checkpoint.epoch;
+            this.asked.push_back((ask.of, ask.first, count));
+            this.writer.frame(MessageType::Hashes, epoch, &wire_disk::put_hashes(ask), &[]);
+            Ok(())
+        })
+    }
+
+    /// Ends the checkpoint and tells what it held. `flushed`: the guest may have been told that changes of its disks are on stable storage.
+    ///
+    /// # Errors
+    /// [`ApiMisuse`] outside of a checkpoint, or if a base lacks pages or answers.
+    pub fn end(&mut self, flushed: bool) -> Result<EndOfCheckpoint, LinkError> {
         self.guarded(|this| {
             let missing = this.ram.pages() - this.sent_pages.len();
+            if !this.asked.is_empty() {
+                return Err(ApiMisuse::State { needs: "answers to all that was asked" }.into());
+            }
             let (checkpoint, _) = this.open_checkpoint()?;
-            let Checkpoint { epoch, kind, pages, sections, ref digest } = *checkpoint;
+            let Checkpoint { epoch, kind, pages, sections, disk_changes, ref digest } = *checkpoint;
             if kind == CheckpointKind::Base && missing > 0 {
                 return Err(ApiMisuse::BaseIncomplete { missing }.into());
             }
-            let end = EndOfCheckpoint { epoch, kind, pages, sections, digest: digest.finish() };
+            let end = EndOfCheckpoint { epoch, kind, pages, sections, disk_changes, flushed, digest: digest.finish() };
             this.writer.frame(MessageType::End, epoch, &messages::put_end(&end), &[]);
             this.phase = Phase::Idle;
             Ok(end)
@@ -413,6 +497,19 @@ impl Sender {
             }
             MessageType::Accept if self.peer.is_none() => self.handle_accept(&header, &payload)?,
             MessageType::Ack if self.peer.is_some() => self.handle_ack(header.epoch)?,
+            MessageType::Wanted if self.peer.is_some() => self.handle_wanted(&payload)?,
+            MessageType::Durable if self.peer.is_some() => {
+                let epoch = header.epoch;
+                if epoch <= self.durable || epoch > self.handed_out {
+                    return Err(Misbehaved::AckNotInFlight { epoch }.into());
+                }
+                self.durable = epoch;
+                self.events.push_back(SenderEvent::Durable { epoch });
+            }
+            MessageType::Verified if self.peer.is_some() && header.epoch <= self.handed_out => {
+                let found = wire_disk::verified(&payload)?;
+                self.events.push_back(SenderEvent::Verified { epoch: header.epoch, found });
+            }
             other => {
                 let waiting_for = if self.peer.is_none() { "Accept" } else { "Ack" };
                 return Err(Misbehaved::Unexpected { message: other.name(), waiting_for }.into());
@@ -437,12 +534,16 @@ impl Sender {
             self.encoder = Some(Encoder::new());
         }
         let Header { vm, generation, incarnation, .. } = *header;
+        let standing = accept.standing;
+        if standing.disks.len() != self.disks.len() {
+            return Err(Misbehaved::NotOffered.into());
+        }
         let peer = Identity { vm, node: accept.node, generation, incarnation };
         self.peer = Some(peer.clone());
         if matches!(self.phase, Phase::AwaitAccept) {
             self.phase = Phase::Idle;
         }
-        self.events.push_back(SenderEvent::Accepted { peer });
+        self.events.push_back(SenderEvent::Accepted { peer, standing });
         Ok(())
     }
 
@@ -455,6 +556,22 @@ impl Sender {
             self.committed = self.committed.next();
             self.events.push_back(SenderEvent::Committed { epoch: self.committed });
         }
+        Ok(())
+    }
+
+    /// Answers come in the order of the questions, and whole.
+    fn handle_wanted(&mut self, payload: &[u8]) -> Result<(), LinkError> {
+        let answer = wire_disk::wanted(payload)?;
+        if self.asked.pop_front() != Some((answer.of, answer.first, answer.wanted.len())) {
+            return Err(Misbehaved::Unexpected { message: "Wanted", waiting_for: "an answer that is due" }.into());
+        }
+        if answer.of == Comparable::Memory {
+            for (page, _) in (answer.first..).zip(&answer.wanted).filter(|(_, wanted)| !**wanted) {
+                let position = self.ram.position(PageIndex(page)).expect("only existing pages are asked for");
+                self.sent_pages.insert(position);
+            }
+        }
+        self.events.push_back(SenderEvent::Wanted(answer));
         Ok(())
     }
 
@@ -508,6 +625,18 @@ impl Sender {
         pages::put_runs(&mut head, runs, true);
         self.writer.frame(MessageType::Pages, epoch, &head, &[encoded.into()]);
         true
+    }
+}
+
+/// Whether these pieces exist; there is at least one.
+pub(crate) fn pieces_exist(ram: &RamLayout, disks: &[u64], of: Comparable, first: u64, count: usize) -> bool {
+    let Some(last) = first.checked_add(wide(count)).and_then(|end| end.checked_sub(1)).filter(|last| *last >= first)
+    else {
+        return false;
+    };
+    match of {
+        Comparable::Memory => (first..=last).all(|page| ram.contains(PageIndex(page))),
+        Comparable::Disk(disk) => disks.get(usize::from(disk)).is_some_and(|bytes| last < disk_pieces(*bytes)),
     }
 }
 

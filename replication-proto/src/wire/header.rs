@@ -4,7 +4,8 @@
 use crate::error::{Incompatible, LinkError, Malformed};
 use crate::ids::{Epoch, Generation, Incarnation, NodeName, VmId};
 use crate::limits::{
-    HEADER_BYTES, MAX_INBOUND_BYTES, MAX_PAGES_PER_MESSAGE, MAX_PAYLOAD_BYTES, MAX_TEXT_BYTES, PAGE_BYTES,
+    HEADER_BYTES, MAX_DIRTY_BYTES, MAX_DISK_CHANGE_BYTES, MAX_DISKS, MAX_INBOUND_BYTES, MAX_PAGES_PER_MESSAGE,
+    MAX_PAYLOAD_BYTES, MAX_PIECES_PER_MESSAGE, MAX_TEXT_BYTES, MAX_VERIFY_FINDINGS, PAGE_BYTES,
 };
 use crate::message::{Difference, RefuseCode, VersionRange};
 
@@ -58,10 +59,15 @@ pub(crate) enum MessageType {
     Heartbeat = 9,
     Goodbye = 10,
     Inbound = 11,
+    DiskChange = 12,
+    Hashes = 13,
+    Wanted = 14,
+    Durable = 15,
+    Verified = 16,
 }
 
 impl MessageType {
-    const ALL: [Self; 11] = [
+    const ALL: [Self; 16] = [
         Self::Hello,
         Self::Accept,
         Self::Refuse,
@@ -73,6 +79,11 @@ impl MessageType {
         Self::Heartbeat,
         Self::Goodbye,
         Self::Inbound,
+        Self::DiskChange,
+        Self::Hashes,
+        Self::Wanted,
+        Self::Durable,
+        Self::Verified,
     ];
 
     fn from_number(number: u8) -> Option<Self> {
@@ -92,6 +103,11 @@ impl MessageType {
             Self::Heartbeat => "Heartbeat",
             Self::Goodbye => "Goodbye",
             Self::Inbound => "Inbound",
+            Self::DiskChange => "DiskChange",
+            Self::Hashes => "Hashes",
+            Self::Wanted => "Wanted",
+            Self::Durable => "Durable",
+            Self::Verified => "Verified",
         }
     }
 
@@ -99,22 +115,40 @@ impl MessageType {
     pub(crate) const fn payload_bounds(self) -> (usize, usize) {
         match self {
             Self::Hello => (30, MAX_PAYLOAD_BYTES),
-            Self::Accept => (18, 17 + NodeName::MAX_BYTES),
+            Self::Accept => (20, 20 + NodeName::MAX_BYTES + MAX_DISKS * (24 + MAX_DIRTY_BYTES)),
             Self::Refuse => (8, MAX_PAYLOAD_BYTES),
             Self::Begin => (8, 8),
             Self::Pages => (32, 16 + MAX_PAGES_PER_MESSAGE * (16 + PAGE_BYTES)),
             Self::Section => (16, MAX_PAYLOAD_BYTES),
-            Self::End => (32, 32),
+            Self::End => (40, 40),
             Self::Ack => (0, 0),
             Self::Heartbeat => (24, 24),
             Self::Goodbye => (4, 4 + MAX_TEXT_BYTES),
             Self::Inbound => (5, 4 + MAX_INBOUND_BYTES),
+            Self::DiskChange => (24, 24 + MAX_DISK_CHANGE_BYTES),
+            Self::Hashes => (32, 16 + 16 * MAX_PIECES_PER_MESSAGE),
+            Self::Wanted => (17, 16 + MAX_PIECES_PER_MESSAGE.div_ceil(8)),
+            Self::Durable => (0, 0),
+            Self::Verified => (16, 16 + 16 * MAX_VERIFY_FINDINGS),
         }
     }
 
     /// Whether the header's epoch is set; else it must be 0.
     fn has_epoch(self) -> bool {
-        matches!(self, Self::Begin | Self::Pages | Self::Section | Self::End | Self::Ack | Self::Inbound)
+        matches!(
+            self,
+            Self::Begin
+                | Self::Pages
+                | Self::Section
+                | Self::End
+                | Self::Ack
+                | Self::Inbound
+                | Self::DiskChange
+                | Self::Hashes
+                | Self::Wanted
+                | Self::Durable
+                | Self::Verified
+        )
     }
 }
 
@@ -267,7 +301,7 @@ mod tests {
             let error = Header::decode(&Header { version, ..header() }.encode()).unwrap_err();
             assert_eq!(error.code(), "incompatible.version");
         }
-        for number in [0, 12, 255] {
+        for number in [0, 17, 255] {
             let mut bytes = header().encode();
             bytes[at::MESSAGE_TYPE] = number;
             assert_eq!(Header::decode(&resealed(bytes)), Err(Malformed::MessageType { number }.into()));

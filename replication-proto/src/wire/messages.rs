@@ -3,12 +3,13 @@
 use bytes::{BufMut, Bytes};
 
 use crate::digest::CheckpointDigest;
+use crate::disk::{DiskStanding, Standing};
 use crate::error::{LinkError, Malformed, Misbehaved};
 use crate::facts::Facts;
-use crate::ids::{Epoch, NodeName, PageIndex};
+use crate::ids::{Epoch, Generation, NodeName, PageIndex, Point};
 use crate::limits::{
-    MAX_DIFFERENCE_VALUE_BYTES, MAX_DIFFERENCES, MAX_FACT_NAME_BYTES, MAX_FACT_VALUE_BYTES, MAX_FACTS, MAX_RAM_RANGES,
-    MAX_SECTION_BYTES, MAX_TEXT_BYTES, MIN_COMPRESSED_SECTION_BYTES,
+    MAX_DIFFERENCE_VALUE_BYTES, MAX_DIFFERENCES, MAX_DIRTY_BYTES, MAX_DISKS, MAX_FACT_NAME_BYTES, MAX_FACT_VALUE_BYTES,
+    MAX_FACTS, MAX_RAM_RANGES, MAX_SECTION_BYTES, MAX_TEXT_BYTES, MIN_COMPRESSED_SECTION_BYTES,
 };
 use crate::message::{
     Accept, Channel, CheckpointKind, Difference, EndOfCheckpoint, Features, Goodbye, GoodbyeReason, HeartbeatBody,
@@ -132,20 +133,64 @@ fn facts(reader: &mut Reader<'_>) -> Result<Facts, Malformed> {
 }
 
 pub(crate) fn put_accept(accept: &Accept) -> Vec<u8> {
-    let Accept { version, features, node } = accept;
+    let Accept { version, features, node, standing } = accept;
     let mut out = Vec::new();
     out.put_u16_le(*version);
     out.put_bytes(0, 6);
     out.put_u64_le(*features);
     put_short(&mut out, node.as_str());
+    let Standing { warm_memory, disks } = standing;
+    assert!(disks.len() <= MAX_DISKS, "a machine has few disks");
+    out.put_u8(u8::from(*warm_memory));
+    out.put_u8(u8::try_from(disks.len()).unwrap_or(0));
+    for DiskStanding { base, was_owner, dirty } in disks {
+        assert!(dirty.len() <= MAX_DIRTY_BYTES, "who keeps the set bounds its encoding");
+        let Point { generation, epoch } = base.unwrap_or(Point { generation: Generation(0), epoch: Epoch(0) });
+        out.put_u64_le(generation.0);
+        out.put_u64_le(epoch.0);
+        out.put_u8(u8::from(*was_owner));
+        out.put_bytes(0, 3);
+        out.put_u32_le(narrow32(dirty.len()));
+        out.put_slice(dirty);
+    }
     out
+}
+
+fn standing(reader: &mut Reader<'_>) -> Result<Standing, Malformed> {
+    let warm_memory = flag(reader, "warm memory")?;
+    let count = usize::from(reader.u8()?);
+    if count > MAX_DISKS {
+        return Err(Malformed::Count { field: "disks" });
+    }
+    let mut disks = Vec::with_capacity(count);
+    for _ in 0..count {
+        let point = Point { generation: Generation(reader.u64()?), epoch: Epoch(reader.u64()?) };
+        let base = (point.generation != Generation(0)).then_some(point);
+        let was_owner = flag(reader, "former owner")?;
+        reader.zeros(3)?;
+        let length = reader.u32()? as usize;
+        if length > MAX_DIRTY_BYTES {
+            return Err(Malformed::Count { field: "dirty blocks" });
+        }
+        disks.push(DiskStanding { base, was_owner, dirty: Bytes::copy_from_slice(reader.bytes(length)?) });
+    }
+    Ok(Standing { warm_memory, disks })
+}
+
+fn flag(reader: &mut Reader<'_>, field: &'static str) -> Result<bool, Malformed> {
+    match reader.u8()? {
+        0 => Ok(false),
+        1 => Ok(true),
+        _ => Err(Malformed::Value { field }),
+    }
 }
 
 pub(crate) fn accept(payload: &[u8]) -> Result<Accept, Malformed> {
     let mut reader = Reader::new(payload);
     let version = reader.u16()?;
     reader.zeros(6)?;
-    let accept = Accept { version, features: reader.u64()?, node: node(&mut reader)? };
+    let accept =
+        Accept { version, features: reader.u64()?, node: node(&mut reader)?, standing: standing(&mut reader)? };
     reader.end()?;
     Ok(accept)
 }
@@ -251,22 +296,25 @@ pub(crate) fn section(payload: &Bytes, decoder: Option<&mut Decoder>) -> Result<
 }
 
 pub(crate) fn put_end(end: &EndOfCheckpoint) -> Vec<u8> {
-    let EndOfCheckpoint { epoch: _, kind: _, pages, sections, digest } = end;
-    let mut out = Vec::with_capacity(32);
+    let EndOfCheckpoint { epoch: _, kind: _, pages, sections, disk_changes, flushed, digest } = end;
+    let mut out = Vec::with_capacity(40);
     out.put_u64_le(*pages);
+    out.put_u64_le(*disk_changes);
     out.put_u32_le(*sections);
-    out.put_bytes(0, 4);
+    out.put_u8(u8::from(*flushed));
+    out.put_bytes(0, 3);
     out.put_u128_le(digest.0);
     out
 }
 
 pub(crate) fn end(payload: &[u8], epoch: Epoch, kind: CheckpointKind) -> Result<EndOfCheckpoint, Malformed> {
     let mut reader = Reader::new(payload);
-    let (pages, sections) = (reader.u64()?, reader.u32()?);
-    reader.zeros(4)?;
+    let (pages, disk_changes, sections) = (reader.u64()?, reader.u64()?, reader.u32()?);
+    let flushed = flag(&mut reader, "flush")?;
+    reader.zeros(3)?;
     let digest = CheckpointDigest(reader.u128()?);
     reader.end()?;
-    Ok(EndOfCheckpoint { epoch, kind, pages, sections, digest })
+    Ok(EndOfCheckpoint { epoch, kind, pages, sections, disk_changes, flushed, digest })
 }
 
 pub(crate) fn put_heartbeat(body: &HeartbeatBody) -> Vec<u8> {

@@ -394,10 +394,10 @@ fn waiting_sender() -> (Sender, Forge) {
     let all = support::all_pages(&support::ram());
     sender.begin(Epoch(7), CheckpointKind::Base).unwrap();
     sender.pages(&all, &vec![0; all.len() * PAGE_BYTES]).unwrap();
-    sender.end().unwrap();
+    sender.end(false).unwrap();
     drain(|| sender.poll_transmit());
     sender.begin(Epoch(8), CheckpointKind::Delta).unwrap();
-    sender.end().unwrap();
+    sender.end(false).unwrap();
     (sender, forge)
 }
 
@@ -464,7 +464,7 @@ fn row_19_answers_to_the_hello_that_no_honest_backup_gives() {
     assert_eq!(accept(1, 2, "b"), "misbehaved.not_offered");
     assert_eq!(accept(1, 1, "a"), "misbehaved.not_offered");
     assert_eq!(accept(1, 1, "B"), "malformed.value");
-    assert_eq!(accept(1, 1, ""), "malformed.length");
+    assert_eq!(accept(1, 1, ""), "malformed.value");
     assert_eq!(refused(&|forge| forge.frame(ACK, 7, &[])), "misbehaved.unexpected");
     assert_eq!(refused(&|_| Forge::primary().accept()), "misbehaved.other_incarnation");
     assert_eq!(refused(&|forge| forge.begin(7, 0)), "misbehaved.unexpected");
@@ -481,7 +481,7 @@ fn row_19_answers_to_the_hello_that_no_honest_backup_gives() {
 /// Valid but too much: told apart from broken, so that the primary goes solo instead of trying again at once.
 #[test]
 fn row_21_checkpoints_over_the_limits() {
-    let limits = ReceiverLimits { max_epoch_pages: 2, max_epoch_section_bytes: 10 };
+    let limits = ReceiverLimits { max_epoch_pages: 2, max_epoch_section_bytes: 10, max_epoch_disk_bytes: 1024 };
     let config = || ReceiverConfig { limits, ..receiver_config() };
     let pages = pages_payload(0, &[(0, 3, 1)], 3, 0, &[]);
     let too_many = |forge: &mut Forge| [forge.begin(8, 1), forge.frame(PAGES, 8, &pages)].concat();

@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
 mod corpus;
+mod disks;
 mod golden;
 mod negotiation;
 mod pair;

@@ -141,7 +141,7 @@ fn deaf_sender() -> Sender {
         let kind = if epoch == 7 { CheckpointKind::Base } else { CheckpointKind::Delta };
         sender.begin(Epoch(epoch), kind).unwrap();
         sender.pages(&all, &vec![1; all.len() * PAGE_BYTES]).unwrap();
-        sender.end().unwrap();
+        sender.end(false).unwrap();
     }
     drain(|| sender.poll_transmit());
     sender
@@ -204,7 +204,7 @@ fn sender_orders_out_of_place_are_refused() {
     let begin = |sender: &mut Sender| sender.begin(Epoch(10), CheckpointKind::Delta);
     let needs_checkpoint = fails(&|sender| sender.section(1, 1, b""));
     assert!(needs_checkpoint.contains("a checkpoint under way"), "{needs_checkpoint}");
-    assert_eq!(fails(&|sender| sender.end().map(drop)), needs_checkpoint);
+    assert_eq!(fails(&|sender| sender.end(false).map(drop)), needs_checkpoint);
     assert_eq!(fails(&|sender| sender.pages(&[], &[])), needs_checkpoint);
     fails(&|sender| sender.begin(Epoch(9), CheckpointKind::Delta));
     fails(&|sender| sender.begin(Epoch(11), CheckpointKind::Delta));
@@ -216,7 +216,7 @@ fn sender_orders_out_of_place_are_refused() {
     // With four in flight there is no room for a fifth.
     fails(&|sender| {
         begin(sender)?;
-        sender.end()?;
+        sender.end(false)?;
         assert!(!sender.can_begin() && sender.in_flight() == 4);
         sender.begin(Epoch(11), CheckpointKind::Delta)
     });
@@ -239,7 +239,7 @@ fn sender_base_without_a_page_is_refused_at_home() {
     sender.handle_bytes(&support::Forge::backup().accept()).unwrap();
     sender.begin(Epoch(1), CheckpointKind::Base).unwrap();
     sender.pages(&[PageIndex(0), PageIndex(17)], &[0; 2 * PAGE_BYTES]).unwrap();
-    let error = sender.end().unwrap_err();
+    let error = sender.end(false).unwrap_err();
     assert_eq!(error.to_string(), "misuse of the connection by this side: the base lacks 3 pages");
 }
 
@@ -375,7 +375,7 @@ proptest! {
             for (kind, bytes) in &step.sections {
                 sender.section(*kind, 1, bytes).unwrap();
             }
-            sender.end().unwrap();
+            sender.end(false).unwrap();
             backup.feed(&drain(|| sender.poll_transmit()), piece).unwrap();
             prop_assert_eq!(backup.last_committed(), Some(epoch));
             prop_assert!(backup.memory == memory);
@@ -409,7 +409,7 @@ fn identities_of_the_two_sides_reach_each_other() {
     sender.handle_bytes(&there.answers()).unwrap();
     // The backup took over the primary's generation with its hello.
     let expected = replication_proto::Identity { generation: support::GENERATION, ..backup() };
-    assert_eq!(sender.poll_event(), Some(SenderEvent::Accepted { peer: expected }));
+    assert_eq!(sender.poll_event(), Some(SenderEvent::Accepted { peer: expected, standing: support::standing() }));
 }
 
 /// Corpus row 21: tiny frames that decode to much never become much memory: each waits, encoded, until it is asked for, and zero pages
@@ -462,7 +462,7 @@ fn inbound_frames_come_at_any_time_and_are_no_part_of_a_checkpoint() {
     sender.begin(Epoch(7), CheckpointKind::Base).unwrap();
     sender.inbound(Epoch(7), 1, b"within").unwrap();
     sender.pages(&indexes, &vec![0; indexes.len() * PAGE_BYTES]).unwrap();
-    let end = sender.end().unwrap();
+    let end = sender.end(false).unwrap();
     backup.feed(&drain(|| sender.poll_transmit()), 1000).unwrap();
     assert_eq!(backup.committed, [end]);
     let told: Vec<_> = backup.inbound.iter().map(|(epoch, nic, frame)| (epoch.0, *nic, &frame[..])).collect();

@@ -4,9 +4,9 @@
 use bytes::Bytes;
 use replication_proto::limits::{HEADER_BYTES, MAX_INPUT_BYTES, PAGE_BYTES};
 use replication_proto::{
-    CheckpointDigest, CheckpointKind, EndOfCheckpoint, Epoch, EpochDigest, Facts, Generation, Identity, Incarnation,
-    LinkError, NodeName, PageIndex, PageRange, RamLayout, Receiver, ReceiverConfig, ReceiverEvent, ReceiverLimits,
-    RefuseCode, Sender, SenderConfig, VmId,
+    CheckpointDigest, CheckpointKind, DiskChange, DiskContent, DiskStanding, EndOfCheckpoint, Epoch, EpochDigest,
+    Facts, Generation, Identity, Incarnation, LinkError, NodeName, PageIndex, PageRange, PieceHashes, Point, RamLayout,
+    Receiver, ReceiverConfig, ReceiverEvent, ReceiverLimits, RefuseCode, Sender, SenderConfig, Standing, VmId,
 };
 
 pub(crate) const VM: VmId = VmId(0x6f3c_0000_1111_4222_8333_4444_5555_6666);
@@ -44,13 +44,38 @@ pub(crate) fn facts() -> Facts {
     facts
 }
 
+/// Bytes of the disks of the test machine.
+pub(crate) const DISKS: [u64; 2] = [1 << 20, 10 << 10];
+
+/// What the test backup says of its images.
+pub(crate) fn standing() -> Standing {
+    let base = Some(Point { generation: Generation(2), epoch: Epoch(9) });
+    let known = DiskStanding { base, was_owner: true, dirty: Bytes::from_static(&[1, 2, 3]) };
+    Standing { warm_memory: true, disks: vec![known, DiskStanding::default()] }
+}
+
 pub(crate) fn sender_config(compress: bool) -> SenderConfig {
-    SenderConfig { identity: primary(), ram: ram(), facts: facts(), max_in_flight: 4, compress_base: compress }
+    SenderConfig {
+        identity: primary(),
+        ram: ram(),
+        disks: DISKS.to_vec(),
+        facts: facts(),
+        max_in_flight: 4,
+        compress_base: compress,
+    }
 }
 
 pub(crate) fn receiver_config() -> ReceiverConfig {
-    let limits = ReceiverLimits { max_epoch_pages: 1000, max_epoch_section_bytes: 1 << 20 };
-    ReceiverConfig { identity: backup(), ram: ram(), facts: facts(), limits }
+    let limits =
+        ReceiverLimits { max_epoch_pages: 1000, max_epoch_section_bytes: 1 << 20, max_epoch_disk_bytes: 1 << 20 };
+    ReceiverConfig {
+        identity: backup(),
+        ram: ram(),
+        disks: DISKS.to_vec(),
+        standing: standing(),
+        facts: facts(),
+        limits,
+    }
 }
 
 /// Everything that is queued, as one piece.
@@ -72,6 +97,7 @@ struct Incomplete {
     digest: EpochDigest,
     pages: Vec<(Vec<PageIndex>, Bytes)>,
     sections: Vec<(u16, u16, Bytes)>,
+    disk: Vec<DiskChange>,
 }
 
 /// A backup as small as can be: memory, and the checkpoint that is not whole yet.
@@ -84,6 +110,9 @@ pub(crate) struct Backup {
     pub(crate) committed: Vec<EndOfCheckpoint>,
     pub(crate) goodbye: bool,
     pub(crate) inbound: Vec<(Epoch, u8, Bytes)>,
+    /// Changes of disks that were committed.
+    pub(crate) disk: Vec<DiskChange>,
+    pub(crate) asked: Vec<PieceHashes>,
     incomplete: Option<Incomplete>,
 }
 
@@ -98,6 +127,8 @@ impl Backup {
             committed: Vec::new(),
             goodbye: false,
             inbound: Vec::new(),
+            disk: Vec::new(),
+            asked: Vec::new(),
             incomplete: None,
         }
     }
@@ -126,7 +157,8 @@ impl Backup {
             ReceiverEvent::Opened { .. } => {}
             ReceiverEvent::Begin { epoch, kind } => {
                 let digest = EpochDigest::new(epoch, kind);
-                self.incomplete = Some(Incomplete { digest, pages: Vec::new(), sections: Vec::new() });
+                self.incomplete =
+                    Some(Incomplete { digest, pages: Vec::new(), sections: Vec::new(), disk: Vec::new() });
             }
             ReceiverEvent::Pages { indexes, bytes } => {
                 let incomplete = self.incomplete.as_mut().unwrap();
@@ -138,6 +170,12 @@ impl Backup {
                 incomplete.digest.section(kind, version, &bytes);
                 incomplete.sections.push((kind, version, bytes));
             }
+            ReceiverEvent::Disk(change) => {
+                let incomplete = self.incomplete.as_mut().unwrap();
+                incomplete.digest.disk(&change);
+                incomplete.disk.push(change);
+            }
+            ReceiverEvent::Hashes(ask) => self.asked.push(ask),
             ReceiverEvent::End(end) => self.commit(end)?,
             ReceiverEvent::Inbound { epoch, nic, frame } => self.inbound.push((epoch, nic, frame)),
             ReceiverEvent::Goodbye(_) => self.goodbye = true,
@@ -157,6 +195,7 @@ impl Backup {
             }
         }
         self.sections = incomplete.sections;
+        self.disk.extend(incomplete.disk);
         self.committed.push(end);
         self.receiver.ack(end.epoch)
     }
@@ -191,18 +230,21 @@ pub(crate) fn session(compress: bool) -> Session {
     sender.pages_shared(&pages(&[16, 17, 2]), &Bytes::from([zero.clone(), page(2), zero.clone()].concat())).unwrap();
     sender.section(0x0100, 1, b"vcpu").unwrap();
     sender.section(0x0600, 2, &page(9).repeat(2)).unwrap();
-    sender.end().unwrap();
+    sender.end(false).unwrap();
     exchange(&mut sender, &mut backup);
     memory_after.push(backup.memory.clone());
     sender.begin(Epoch(8), CheckpointKind::Delta).unwrap();
     sender.pages(&pages(&[17, 0]), &[zero, page(3)].concat()).unwrap();
     sender.section(0x0100, 1, b"vcpu later").unwrap();
-    sender.end().unwrap();
+    let change = |disk, offset, content| DiskChange { disk, offset, content };
+    sender.disk_change(&change(0, 512, DiskContent::Bytes(Bytes::from(page(4))))).unwrap();
+    sender.disk_change(&change(1, 0, DiskContent::Zeros(10 << 10))).unwrap();
+    sender.end(true).unwrap();
     exchange(&mut sender, &mut backup);
     memory_after.push(backup.memory.clone());
     sender.begin(Epoch(9), CheckpointKind::Delta).unwrap();
     sender.section(0xF000, 0, b"").unwrap();
-    sender.end().unwrap();
+    sender.end(false).unwrap();
     exchange(&mut sender, &mut backup);
     memory_after.push(backup.memory.clone());
     sender.goodbye(replication_proto::GoodbyeReason::Stopped, "power off").unwrap();
@@ -236,6 +278,9 @@ pub(crate) const ACK: u8 = 8;
 pub(crate) const HEARTBEAT: u8 = 9;
 pub(crate) const GOODBYE: u8 = 10;
 pub(crate) const INBOUND: u8 = 11;
+pub(crate) const DISK_CHANGE: u8 = 12;
+pub(crate) const HASHES: u8 = 13;
+pub(crate) const WANTED: u8 = 14;
 
 /// Writes frames whose checksums are right, whatever they say.
 #[derive(Debug, Clone)]
@@ -293,8 +338,24 @@ impl Forge {
     }
 
     pub(crate) fn end(&mut self, epoch: u64, pages: u64, sections: u32, digest: CheckpointDigest) -> Vec<u8> {
-        let payload =
-            [&pages.to_le_bytes()[..], &sections.to_le_bytes(), &[0; 4], &digest.0.to_le_bytes()[..]].concat();
+        self.end_with_disk(epoch, (pages, sections, 0, false), digest)
+    }
+
+    /// Counts are pages, sections and changes of disks; then whether there was a flush.
+    pub(crate) fn end_with_disk(
+        &mut self,
+        epoch: u64,
+        (pages, sections, changes, flushed): (u64, u32, u64, bool),
+        digest: CheckpointDigest,
+    ) -> Vec<u8> {
+        let payload = [
+            &pages.to_le_bytes()[..],
+            &changes.to_le_bytes(),
+            &sections.to_le_bytes(),
+            &[u8::from(flushed), 0, 0, 0],
+            &digest.0.to_le_bytes()[..],
+        ]
+        .concat();
         self.frame(END, epoch, &payload)
     }
 
@@ -326,7 +387,11 @@ pub(crate) fn hello_payload() -> Vec<u8> {
 
 pub(crate) fn accept_payload(version: u16, features: u64, node: &str) -> Vec<u8> {
     let length = u8::try_from(node.len()).unwrap();
-    [&version.to_le_bytes()[..], &[0; 6], &features.to_le_bytes(), &[length], node.as_bytes()].concat()
+    // The standing of `standing()`: warm memory, two disks, of which the first is known but for three bytes' worth of blocks.
+    let known = [&2u64.to_le_bytes()[..], &9u64.to_le_bytes(), &[1, 0, 0, 0], &3u32.to_le_bytes(), &[1, 2, 3]].concat();
+    let unknown = [0; 24];
+    let head = [&version.to_le_bytes()[..], &[0; 6], &features.to_le_bytes(), &[length], node.as_bytes()].concat();
+    [&head[..], &[1, 2], &known, &unknown].concat()
 }
 
 /// Runs are (first page, pages, kind).
