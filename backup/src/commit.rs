@@ -5,11 +5,11 @@
 
 use std::collections::VecDeque;
 
-use replication_proto::Epoch;
-use replication_proto::{CheckpointKind, EndOfCheckpoint};
+use replication_proto::mutant::{self, Mutant};
+use replication_proto::{CheckpointKind, DiskChanges, EndOfCheckpoint, Epoch};
 use vmm::Section;
 
-use crate::inbox::{Incomplete, PageBatch};
+use crate::inbox::{Incomplete, PageBatch, Parts};
 
 /// A checkpoint that is committed and not yet applied.
 #[derive(Debug)]
@@ -20,12 +20,21 @@ pub struct Committed {
     pub pages: Vec<PageBatch>,
     /// The whole machine state at the end of the epoch.
     pub sections: Vec<Section>,
+    /// Changes of disks; those of a base were applied while the standby was hollow.
+    pub disk: DiskChanges,
+    /// Base or delta.
+    pub kind: CheckpointKind,
 }
 
 impl Committed {
     /// Bytes of pages that wait to be applied.
-    pub fn bytes(&self) -> usize {
+    pub fn page_bytes(&self) -> usize {
         self.pages.iter().map(|batch| batch.bytes.len()).sum()
+    }
+
+    /// Bytes of pages and of changes of disks that wait to be applied.
+    pub fn bytes(&self) -> usize {
+        self.page_bytes() + self.disk.weight()
     }
 }
 
@@ -87,14 +96,31 @@ pub struct Commits {
     closed: bool,
     backlog_bytes: usize,
     backlog_limit: usize,
-    unacked: VecDeque<Epoch>,
+    unacked: VecDeque<Unacked>,
+    /// Every change of a disk up to this epoch is on stable storage.
+    durable: Epoch,
+}
+
+/// A committed epoch whose acknowledgement has not left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Unacked {
+    epoch: Epoch,
+    /// The guest may have been told in it that its changes are on stable storage: so they must be, here too, first.
+    needs_stable: bool,
 }
 
 impl Commits {
     /// A hollow standby. Acknowledgements are withheld while more than `backlog_limit` bytes of committed pages wait to be applied,
     /// which bounds both memory and the time that an activation takes.
     pub fn new(backlog_limit: usize) -> Self {
-        Self { holding: Holding::Hollow, closed: false, backlog_bytes: 0, backlog_limit, unacked: VecDeque::new() }
+        Self {
+            holding: Holding::Hollow,
+            closed: false,
+            backlog_bytes: 0,
+            backlog_limit,
+            unacked: VecDeque::new(),
+            durable: Epoch(0),
+        }
     }
 
     /// What the standby could run from now.
@@ -131,6 +157,7 @@ impl Commits {
         let counts = [
             ("pages", arrived.page_count(), end.pages),
             ("sections", u64::try_from(arrived.section_count()).unwrap_or(u64::MAX), u64::from(end.sections)),
+            ("changes of disks", arrived.disk_change_count(), end.disk_changes),
         ];
         for (what, got, announced) in counts {
             if got != announced {
@@ -138,19 +165,32 @@ impl Commits {
             }
         }
         // 12c. It is what the primary staged.
-        let (digest, pages, sections) = arrived.into_parts();
+        let kind = arrived.kind();
+        let (digest, Parts { batches: pages, sections, disk }) = arrived.into_parts();
         if digest != end.digest {
             return Err(CommitError::Digest { epoch });
         }
         // 13. Committed: from here on the standby could run from it.
-        let committed = Committed { epoch, pages, sections };
+        let disk = DiskChanges { changes: disk, flushed: end.flushed };
+        let committed = Committed { epoch, pages, sections, disk, kind };
         self.holding = Holding::Whole(epoch);
         self.backlog_bytes += committed.bytes();
-        self.unacked.push_back(epoch);
+        self.unacked.push_back(Unacked { epoch, needs_stable: end.flushed });
         Ok(committed)
     }
 
-    /// Pages of a committed checkpoint have been applied.
+    /// Every change of a disk up to `epoch` is on stable storage.
+    pub fn durable(&mut self, epoch: Epoch) {
+        self.durable = self.durable.max(epoch);
+    }
+
+    /// What was committed cannot be kept: there is nothing to run from any more.
+    pub fn spoilt(&mut self) {
+        self.holding = Holding::Hollow;
+        self.unacked.clear();
+    }
+
+    /// Pages or changes of disks of a committed checkpoint have been applied.
     pub fn applied(&mut self, bytes: usize) {
         assert!(bytes <= self.backlog_bytes, "more was applied than committed");
         self.backlog_bytes -= bytes;
@@ -161,7 +201,12 @@ impl Commits {
         if self.closed || self.backlog_bytes > self.backlog_limit {
             return Vec::new();
         }
-        self.unacked.drain(..).collect()
+        let durable = self.durable;
+        let due = |unacked: &&Unacked| {
+            !unacked.needs_stable || unacked.epoch <= durable || mutant::is(Mutant::AckBeforeStable)
+        };
+        let count = self.unacked.iter().take_while(due).count();
+        self.unacked.drain(..count).map(|unacked| unacked.epoch).collect()
     }
 
     /// The connection is gone: acknowledgements that were withheld are owed to nobody.
@@ -203,7 +248,8 @@ mod tests {
             digest.pages(&b.indexes, &b.bytes);
         }
         let pages = u64::try_from(batches.len()).unwrap();
-        EndOfCheckpoint { epoch: Epoch(epoch), kind, pages, sections: 0, digest: digest.finish() }
+        let (epoch, digest) = (Epoch(epoch), digest.finish());
+        EndOfCheckpoint { epoch, kind, pages, sections: 0, disk_changes: 0, flushed: false, digest }
     }
 
     fn arrive(epoch: u64, kind: CheckpointKind, batches: &[PageBatch]) -> Incomplete {
@@ -265,6 +311,26 @@ mod tests {
         assert!(commits.acks_due().is_empty());
         commits.applied(8192);
         assert_eq!(commits.acks_due(), [Epoch(2)]);
+    }
+
+    #[test]
+    fn an_epoch_with_a_flush_is_acknowledged_only_when_it_is_on_stable_storage_and_holds_up_those_behind_it() {
+        let mut commits = with_base(1);
+        let flush = EndOfCheckpoint { flushed: true, ..end(2, CheckpointKind::Delta, &[]) };
+        assert!(commits.commit(arrive(2, CheckpointKind::Delta, &[]), &flush).unwrap().disk.flushed);
+        commits.commit(arrive(3, CheckpointKind::Delta, &[]), &end(3, CheckpointKind::Delta, &[])).unwrap();
+        assert_eq!((commits.acks_due(), commits.holding()), (vec![], Holding::Whole(Epoch(3))));
+        commits.durable(Epoch(1));
+        assert!(commits.acks_due().is_empty());
+        commits.durable(Epoch(2));
+        assert_eq!(commits.acks_due(), [Epoch(2), Epoch(3)]);
+    }
+
+    #[test]
+    fn a_standby_whose_disk_failed_is_hollow() {
+        let mut commits = with_base(3);
+        commits.spoilt();
+        assert_eq!(commits.holding(), Holding::Hollow);
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! The incomplete epoch: what has arrived of a checkpoint and is not committed. The standby never sees any of it. Pure.
 
 use bytes::Bytes;
-use replication_proto::CheckpointKind;
 use replication_proto::{CheckpointDigest, EpochDigest};
+use replication_proto::{CheckpointKind, DiskChange, DiskContent};
 use replication_proto::{Epoch, PageIndex};
 use vmm::{Section, SectionKind};
 
@@ -25,18 +25,20 @@ pub struct Incomplete {
     kind: CheckpointKind,
     batches: Vec<PageBatch>,
     sections: Vec<Section>,
+    disk: Vec<DiskChange>,
     pages: u64,
+    disk_changes: u64,
     kept_bytes: usize,
     digest: EpochDigest,
 }
 
-/// Where arriving pages of a checkpoint go.
+/// Where an arriving piece of a checkpoint goes.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Destination {
+pub enum Destination<T> {
     /// Kept until the commit.
     Kept,
-    /// Into the standby's memory at once: it is hollow until the base is committed.
-    Hollow(PageBatch),
+    /// Into the standby's memory or disk at once: it is hollow until the base is committed.
+    Hollow(T),
 }
 
 /// Why an arriving piece was refused. The connection ends; what was committed stays.
@@ -80,7 +82,9 @@ impl Inbox {
             kind,
             batches: Vec::new(),
             sections: Vec::new(),
+            disk: Vec::new(),
             pages: 0,
+            disk_changes: 0,
             kept_bytes: 0,
             digest: EpochDigest::new(epoch, kind),
         });
@@ -91,7 +95,7 @@ impl Inbox {
     ///
     /// # Errors
     /// No checkpoint is under way, or it is too large.
-    pub fn pages(&mut self, batch: PageBatch) -> Result<Destination, InboxError> {
+    pub fn pages(&mut self, batch: PageBatch) -> Result<Destination<PageBatch>, InboxError> {
         let limit = self.limit;
         let current = self.current.as_mut().ok_or(InboxError::OutOfOrder("pages"))?;
         current.digest.pages(&batch.indexes, &batch.bytes);
@@ -103,6 +107,25 @@ impl Inbox {
                 let PageBatch { indexes, bytes } = batch;
                 let bytes = if bytes.len() < SHARED_BYTES_MIN { Bytes::copy_from_slice(&bytes) } else { bytes };
                 current.batches.push(PageBatch { indexes, bytes });
+                Ok(Destination::Kept)
+            }
+        }
+    }
+
+    /// A change of a disk arrived.
+    ///
+    /// # Errors
+    /// No checkpoint is under way, or it is too large.
+    pub fn disk(&mut self, change: DiskChange) -> Result<Destination<DiskChange>, InboxError> {
+        let limit = self.limit;
+        let current = self.current.as_mut().ok_or(InboxError::OutOfOrder("a change of a disk"))?;
+        current.digest.disk(&change);
+        current.disk_changes += 1;
+        match current.kind {
+            CheckpointKind::Base => Ok(Destination::Hollow(change)),
+            CheckpointKind::Delta => {
+                current.keep(change.weight(), limit)?;
+                current.disk.push(owned(change));
                 Ok(Destination::Kept)
             }
         }
@@ -164,9 +187,36 @@ impl Incomplete {
         self.sections.len()
     }
 
-    /// Takes it apart: digest of what arrived, pages kept, sections.
-    pub fn into_parts(self) -> (CheckpointDigest, Vec<PageBatch>, Vec<Section>) {
-        let Self { epoch: _, kind: _, batches, sections, pages: _, kept_bytes: _, digest } = self;
-        (digest.finish(), batches, sections)
+    /// Changes of disks that arrived.
+    pub fn disk_change_count(&self) -> u64 {
+        self.disk_changes
+    }
+
+    /// Takes it apart: digest of what arrived, and what was kept of it.
+    pub fn into_parts(self) -> (CheckpointDigest, Parts) {
+        let Self { epoch: _, kind: _, batches, sections, disk, pages: _, disk_changes: _, kept_bytes: _, digest } =
+            self;
+        (digest.finish(), Parts { batches, sections, disk })
+    }
+}
+
+/// What was kept of a checkpoint.
+#[derive(Debug)]
+pub struct Parts {
+    /// Pages; none of a base.
+    pub batches: Vec<PageBatch>,
+    /// The machine's state.
+    pub sections: Vec<Section>,
+    /// Changes of disks; none of a base.
+    pub disk: Vec<DiskChange>,
+}
+
+/// The same change, which keeps nothing alive but its own bytes.
+fn owned(change: DiskChange) -> DiskChange {
+    match change.content {
+        DiskContent::Bytes(bytes) if bytes.len() < SHARED_BYTES_MIN => {
+            DiskChange { content: DiskContent::Bytes(Bytes::copy_from_slice(&bytes)), ..change }
+        }
+        content => DiskChange { content, ..change },
     }
 }

@@ -7,8 +7,10 @@ use std::io;
 use bytes::Bytes;
 use failover::failpoint;
 use replication_proto::mutant::{self, Mutant};
-use replication_proto::{CheckpointKind, Epoch, Generation, GoodbyeReason, Identity, LinkError, RefuseCode};
-use replication_proto::{Receiver, ReceiverConfig, ReceiverEvent};
+use replication_proto::{
+    CheckpointKind, DiskChange, Epoch, Generation, GoodbyeReason, Identity, LinkError, PieceHashes, PiecesWanted,
+    Point, Receiver, ReceiverConfig, ReceiverEvent, RefuseCode, Standing, Verified,
+};
 
 use crate::commit::{CommitError, Commits, Committed, Holding};
 use crate::inbound::Inbound;
@@ -33,9 +35,17 @@ pub enum IntakeEvent {
     Closed(LinkEnd),
     /// For the applier: pages of a base that is not committed.
     ApplyHollow(PageBatch),
-    /// For the applier: a committed checkpoint.
-    Apply(Committed),
+    /// For the disks: a piece of a base that is not committed.
+    ApplyHollowDisk(DiskChange),
+    /// For the applier or the disks: which of these pieces differ here, after all that was told before; the answer is [`Intake::compared`].
+    Compare(Question, PieceHashes),
+    /// For the applier and the disks: a committed checkpoint, and what state of the VM it is.
+    Apply(Committed, Point),
 }
+
+/// Number of a question of the primary's; what belongs to a connection that is over is ignored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Question(pub u64);
 
 /// Why a data connection ended.
 #[derive(Debug, thiserror::Error)]
@@ -55,6 +65,9 @@ pub enum LinkEnd {
     /// A checkpoint does not fit.
     #[error("{0}")]
     Inbox(#[from] InboxError),
+    /// A disk of this side failed.
+    #[error("disk: {0}")]
+    Disk(String),
     /// A primary of a higher generation took its place.
     #[error("displaced by a connection of a higher generation")]
     Displaced,
@@ -64,6 +77,10 @@ pub enum LinkEnd {
 struct Connection {
     protocol: Receiver,
     peer: Option<Identity>,
+    /// The epoch of its base, once that has begun.
+    base: Option<Epoch>,
+    /// Questions that are not answered, in order, and answers that came before those in front of them.
+    questions: VecDeque<(Question, Option<PiecesWanted>)>,
 }
 
 /// Collects, verifies, commits and acknowledges.
@@ -73,6 +90,7 @@ pub struct Intake {
     inbound: Inbound,
     commits: Commits,
     connection: Option<Connection>,
+    next_question: Question,
     events: VecDeque<IntakeEvent>,
     /// What is still to be said on a connection that ended.
     last_words: VecDeque<Bytes>,
@@ -87,6 +105,7 @@ impl Intake {
             inbound: Inbound::default(),
             commits,
             connection: None,
+            next_question: Question(0),
             events: VecDeque::new(),
             last_words: VecDeque::new(),
         }
@@ -126,7 +145,13 @@ impl Intake {
             self.end(LinkEnd::Displaced);
         }
         self.last_words.clear();
-        self.connection = Some(Connection { protocol: Receiver::new(self.config.clone()), peer: None });
+        let protocol = Receiver::new(self.config.clone());
+        self.connection = Some(Connection { protocol, peer: None, base: None, questions: VecDeque::new() });
+    }
+
+    /// What the next primary is told of the older life's memory and disks.
+    pub fn set_standing(&mut self, standing: Standing) {
+        self.config.standing = standing;
     }
 
     /// Takes bytes of the connection.
@@ -183,6 +208,59 @@ impl Intake {
         self.acknowledge()
     }
 
+    /// The answer to a question. Answers leave in the order of the questions.
+    ///
+    /// # Errors
+    /// The connection is over.
+    pub fn compared(&mut self, question: Question, answer: PiecesWanted) -> Result<(), LinkEnd> {
+        let Some(connection) = &mut self.connection else { return Ok(()) };
+        let Some((_, waiting)) = connection.questions.iter_mut().find(|(asked, _)| *asked == question) else {
+            return Ok(());
+        };
+        *waiting = Some(answer);
+        while let Some((_, Some(answer))) = connection.questions.front() {
+            connection.protocol.wanted(answer)?;
+            connection.questions.pop_front();
+        }
+        Ok(())
+    }
+
+    /// Every change of a disk up to `epoch` is on stable storage: acknowledgements may be due.
+    ///
+    /// # Errors
+    /// The connection is over.
+    pub fn durable(&mut self, epoch: Epoch) -> Result<(), LinkEnd> {
+        self.commits.durable(epoch);
+        if let Some(connection) = &mut self.connection
+            && connection.base.is_some_and(|base| epoch >= base)
+        {
+            connection.protocol.durable(epoch)?;
+        }
+        self.acknowledge()
+    }
+
+    /// A comparison of both sides as of the end of `epoch` is done.
+    ///
+    /// # Errors
+    /// The connection is over.
+    pub fn verified(&mut self, epoch: Epoch, found: &Verified) -> Result<(), LinkEnd> {
+        match &mut self.connection {
+            Some(connection) if connection.base.is_some_and(|base| epoch >= base) => {
+                Ok(connection.protocol.verified(epoch, found)?)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// A disk failed: what is committed cannot be kept, and nothing more is.
+    ///
+    /// # Errors
+    /// Always: the connection is over.
+    pub fn disk_failed(&mut self, why: String) -> Result<(), LinkEnd> {
+        self.commits.spoilt();
+        Err(LinkEnd::Disk(why))
+    }
+
     /// The next bytes to send, in this order and all of them; after [`Intake::end`], the last words on the connection that ended.
     pub fn poll_transmit(&mut self) -> Option<Bytes> {
         match &mut self.connection {
@@ -201,6 +279,7 @@ impl Intake {
         let refusal = match &end {
             LinkEnd::Commit(error) => Some((RefuseCode::Misbehaved, error.to_string())),
             LinkEnd::Inbox(error) => Some((RefuseCode::Overload, error.to_string())),
+            LinkEnd::Disk(why) => Some((RefuseCode::Disk, why.clone())),
             _ => None,
         };
         self.inbox.drop_incomplete();
@@ -236,6 +315,9 @@ impl Intake {
                 failpoint!(RecvBegin => return Err(failpoint::injected().into()));
                 self.inbox.begin(epoch, kind)?;
                 if kind == CheckpointKind::Base {
+                    if let Some(connection) = &mut self.connection {
+                        connection.base = Some(epoch);
+                    }
                     self.commits.begin_base();
                     self.inbound.clear();
                     self.events.push_back(IntakeEvent::BaseBegun(peer));
@@ -251,6 +333,19 @@ impl Intake {
                     self.events.push_back(IntakeEvent::ApplyHollow(batch));
                 }
             }
+            (ReceiverEvent::Disk(change), _) => {
+                if let Destination::Hollow(change) = self.inbox.disk(change)? {
+                    self.events.push_back(IntakeEvent::ApplyHollowDisk(change));
+                }
+            }
+            (ReceiverEvent::Hashes(ask), _) => {
+                let question = self.next_question;
+                self.next_question = Question(question.0 + 1);
+                if let Some(connection) = &mut self.connection {
+                    connection.questions.push_back((question, None));
+                }
+                self.events.push_back(IntakeEvent::Compare(question, ask));
+            }
             (ReceiverEvent::Section { kind, version, bytes }, _) => self.inbox.section(kind, version, &bytes)?,
             (ReceiverEvent::End(end), Some(peer)) => {
                 if mutant::is(Mutant::AckBeforeCommit)
@@ -262,7 +357,8 @@ impl Intake {
                 let committed = self.commits.commit(self.inbox.take()?, &end)?;
                 failpoint!(Committed);
                 self.inbound.committed(end.epoch);
-                self.events.push_back(IntakeEvent::Apply(committed));
+                let point = Point { generation: peer.generation, epoch: end.epoch };
+                self.events.push_back(IntakeEvent::Apply(committed, point));
                 self.events.push_back(match end.kind {
                     CheckpointKind::Base => IntakeEvent::BaseCommitted(peer, end.epoch),
                     CheckpointKind::Delta => IntakeEvent::Committed(end.epoch),
@@ -310,12 +406,20 @@ mod tests {
 
     /// A standby that a primary of VM 1, generation 5, is connected to.
     fn connected() -> Intake {
-        let limits = ReceiverLimits { max_epoch_pages: 4, max_epoch_section_bytes: 4096 };
-        let config = ReceiverConfig { identity: identity("b", 1, 0, 20), ram: ram(), facts: Facts::new(), limits };
+        let limits = ReceiverLimits { max_epoch_pages: 4, max_epoch_section_bytes: 4096, max_epoch_disk_bytes: 0 };
+        let config = ReceiverConfig {
+            identity: identity("b", 1, 0, 20),
+            ram: ram(),
+            disks: Vec::new(),
+            standing: Standing::default(),
+            facts: Facts::new(),
+            limits,
+        };
         let mut intake = Intake::new(config, Inbox::new(1 << 20), Commits::new(1 << 20));
         let sender = SenderConfig {
             identity: identity("a", 1, 5, 10),
             ram: ram(),
+            disks: Vec::new(),
             facts: Facts::new(),
             max_in_flight: 1,
             compress_base: false,

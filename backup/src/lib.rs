@@ -13,6 +13,7 @@
 
 pub mod activate;
 pub mod commit;
+pub mod disk;
 pub mod inbound;
 pub mod inbox;
 pub mod intake;

@@ -5,20 +5,24 @@ use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use bytes::Bytes;
+use crossbeam::channel::{Receiver, Sender, unbounded};
 use failover::failpoint;
 use mio::net::{TcpListener, TcpStream};
 use mio::{Events, Interest, Poll, Registry, Token, Waker};
 use primary::clock::Clock;
-use replication_proto::{Channel, Generation, Greeting, Identity, LinkError};
+use replication_proto::{
+    Channel, Comparable, Epoch, Generation, Greeting, Identity, LinkError, PiecesWanted, Standing, Verified,
+};
 
 use crate::commit::Holding;
+use crate::disk::DiskKeeper;
 use crate::inbound::Inbound;
-use crate::intake::{Intake, IntakeEvent, LinkEnd};
+use crate::intake::{Intake, IntakeEvent, LinkEnd, Question};
 use crate::standby::Applier;
 
 const LISTENER: Token = Token(0);
@@ -41,21 +45,38 @@ pub enum LinkEvent {
     Heartbeat(std::net::TcpStream, Bytes),
 }
 
+/// What those who carry out commits tell the link's thread.
+#[derive(Debug)]
+pub enum News {
+    /// So many committed bytes are in the standby's memory or disks: acknowledgements may be due.
+    Applied(usize),
+    /// The answer to a question of the primary's.
+    Compared(Question, PiecesWanted),
+    /// Every change of a disk up to this epoch is on stable storage.
+    Durable(Epoch),
+    /// A comparison of both sides as of the end of this epoch is done.
+    Verified(Epoch, Verified),
+    /// What the next primary is to be told of this side's memory and disks.
+    Standing(Standing),
+    /// A disk failed, and why.
+    DiskFailed(String),
+}
+
 /// What the link thread shares with the rest of the process.
 #[derive(Default)]
 pub struct LinkShared {
     stopping: AtomicBool,
-    applied_bytes: AtomicUsize,
     /// Highest generation known to this process.
     generation: AtomicU64,
     /// Connections that ended with a protocol error, strangers included.
     pub protocol_errors: AtomicU64,
 }
 
-/// Wakes the link thread: a checkpoint was applied, or it shall stop.
+/// A way to tell the link thread something.
 #[derive(Clone)]
 pub struct LinkHandle {
     shared: Arc<LinkShared>,
+    news: Sender<News>,
     waker: Arc<Waker>,
 }
 
@@ -70,6 +91,7 @@ pub struct LinkBuilder {
     listener: TcpListener,
     poll: Poll,
     handle: LinkHandle,
+    news: Receiver<News>,
 }
 
 impl LinkBuilder {
@@ -82,10 +104,11 @@ impl LinkBuilder {
         let poll = Poll::new()?;
         poll.registry().register(&mut listener, LISTENER, Interest::READABLE)?;
         let waker = Arc::new(Waker::new(poll.registry(), WAKE)?);
-        Ok(Self { listener, poll, handle: LinkHandle { shared: Arc::default(), waker } })
+        let (told, news) = unbounded();
+        Ok(Self { listener, poll, handle: LinkHandle { shared: Arc::default(), news: told, waker }, news })
     }
 
-    /// For the applier, which must tell the link what it applied.
+    /// For those who carry out commits and must tell the link so.
     pub fn handle(&self) -> LinkHandle {
         self.handle.clone()
     }
@@ -97,18 +120,20 @@ impl LinkBuilder {
     pub fn start(
         self,
         intake: Intake,
-        applier: Applier,
+        (applier, disks): (Applier, DiskKeeper),
         clock: Clock,
         tell: impl Fn(LinkEvent) + Send + 'static,
     ) -> io::Result<LinkThread> {
-        let Self { listener, poll, handle } = self;
+        let Self { listener, poll, handle, news } = self;
         let state = Server {
             listener,
             poll,
             waker: Arc::clone(&handle.waker),
             shared: Arc::clone(&handle.shared),
+            news,
             intake,
             applier,
+            disks,
             clock,
             greetings: BTreeMap::new(),
             data: None,
@@ -121,9 +146,10 @@ impl LinkBuilder {
 }
 
 impl LinkHandle {
-    /// The applier put this many committed bytes into the standby's memory: acknowledgements may be due.
-    pub fn applied(&self, bytes: usize) {
-        self.shared.applied_bytes.fetch_add(bytes, Ordering::AcqRel);
+    /// Tells the link's thread something.
+    pub fn tell(&self, news: News) {
+        // It fails only when the thread has ended, and then nobody wants to know.
+        self.news.send(news).ok();
         self.wake();
     }
 
@@ -178,8 +204,10 @@ struct Server {
     poll: Poll,
     waker: Arc<Waker>,
     shared: Arc<LinkShared>,
+    news: Receiver<News>,
     intake: Intake,
     applier: Applier,
+    disks: DiskKeeper,
     clock: Clock,
     greetings: BTreeMap<Token, Stranger>,
     data: Option<Data>,
@@ -313,8 +341,16 @@ impl Server {
     }
 
     fn receive(&mut self, buffer: &mut [u8]) -> Result<(), LinkEnd> {
-        let applied = self.shared.applied_bytes.swap(0, Ordering::AcqRel);
-        self.intake.applied(applied)?;
+        while let Ok(news) = self.news.try_recv() {
+            match news {
+                News::Applied(bytes) => self.intake.applied(bytes)?,
+                News::Compared(question, answer) => self.intake.compared(question, answer)?,
+                News::Durable(epoch) => self.intake.durable(epoch)?,
+                News::Verified(epoch, found) => self.intake.verified(epoch, &found)?,
+                News::Standing(standing) => self.intake.set_standing(standing),
+                News::DiskFailed(why) => self.intake.disk_failed(why)?,
+            }
+        }
         for _ in 0..READS_AT_ONCE {
             self.transmit()?;
             let Some(data) = &mut self.data else { return Ok(()) };
@@ -351,7 +387,20 @@ impl Server {
         while let Some(event) = self.intake.poll_event() {
             match event {
                 IntakeEvent::ApplyHollow(pages) => self.applier.apply_hollow(pages),
-                IntakeEvent::Apply(committed) => self.applier.apply(committed),
+                IntakeEvent::Compare(question, ask) => match ask.of {
+                    Comparable::Memory => self.applier.compare(question, ask),
+                    Comparable::Disk(_) => self.disks.compare(question, ask),
+                },
+                IntakeEvent::ApplyHollowDisk(change) => self.disks.apply_hollow(change),
+                IntakeEvent::Apply(mut committed, point) => {
+                    let changes = std::mem::take(&mut committed.disk);
+                    self.disks.apply(point, committed.kind, changes);
+                    self.applier.apply(committed);
+                }
+                IntakeEvent::BaseBegun(peer) => {
+                    self.disks.begin_base();
+                    (self.tell)(LinkEvent::Intake(IntakeEvent::BaseBegun(peer)));
+                }
                 IntakeEvent::Opened(peer) => {
                     self.shared.generation.fetch_max(peer.generation.0, Ordering::AcqRel);
                     (self.tell)(LinkEvent::Intake(IntakeEvent::Opened(peer)));
@@ -373,7 +422,7 @@ impl Server {
             LinkEnd::Commit(_) | LinkEnd::Inbox(_) => {
                 self.shared.protocol_errors.fetch_add(1, Ordering::Relaxed);
             }
-            LinkEnd::EndOfFile | LinkEnd::Io(_) | LinkEnd::Displaced => {}
+            LinkEnd::EndOfFile | LinkEnd::Io(_) | LinkEnd::Displaced | LinkEnd::Disk(_) => {}
         }
         if let Some(data) = &self.data {
             log::info!("data connection {}: {end}", data.token.0);

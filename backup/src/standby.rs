@@ -7,11 +7,12 @@ use std::thread::JoinHandle;
 
 use crossbeam::channel::{Receiver, Sender, bounded};
 use failover::failpoint;
-use replication_proto::Epoch;
+use replication_proto::{Epoch, PieceHashes, PiecesWanted, piece_hash};
 use vmm::{GuestRam, Machine, PAGE_SIZE, PageNo, Section};
 
 use crate::commit::Committed;
 use crate::inbox::PageBatch;
+use crate::intake::Question;
 
 /// Pieces that wait for the applier before whoever sends them waits too.
 const PIECES_WAITING_MAX: usize = 64;
@@ -43,7 +44,17 @@ pub struct Applied {
 
 enum Job {
     Hollow(PageBatch),
+    Compare(Question, PieceHashes),
     Checkpoint(Committed),
+}
+
+/// What the applier did.
+#[derive(Debug)]
+pub enum AppliedNews {
+    /// So many bytes of committed pages are in.
+    Bytes(usize),
+    /// Which pages differ from what the primary has.
+    Compared(Question, PiecesWanted),
 }
 
 impl Standby {
@@ -57,15 +68,15 @@ impl Standby {
         &*self.machine
     }
 
-    /// Starts applying. `applied` is called on the applier's thread with the bytes of each committed checkpoint that is in.
+    /// Starts applying. `tell` is called on the applier's thread.
     ///
     /// # Errors
     /// No thread could be started.
-    pub fn start_applier(&self, applied: impl Fn(usize) + Send + 'static) -> io::Result<(Applier, ApplierThread)> {
+    pub fn start_applier(&self, tell: impl Fn(AppliedNews) + Send + 'static) -> io::Result<(Applier, ApplierThread)> {
         let (jobs, inbox) = bounded(PIECES_WAITING_MAX);
         let ram = Arc::clone(self.machine.ram());
         let handle =
-            std::thread::Builder::new().name("ft-apply".into()).spawn(move || apply_all(&ram, &inbox, &applied))?;
+            std::thread::Builder::new().name("ft-apply".into()).spawn(move || apply_all(&ram, &inbox, &tell))?;
         Ok((Applier { jobs }, ApplierThread { handle }))
     }
 
@@ -86,6 +97,11 @@ impl Applier {
         self.send(Job::Checkpoint(committed));
     }
 
+    /// Which of these pages differ, after all that was handed over before.
+    pub fn compare(&self, question: Question, ask: PieceHashes) {
+        self.send(Job::Compare(question, ask));
+    }
+
     fn send(&self, job: Job) {
         assert!(self.jobs.send(job).is_ok(), "the applier ends only after its last sender");
     }
@@ -98,16 +114,17 @@ impl ApplierThread {
     }
 }
 
-fn apply_all(ram: &GuestRam, jobs: &Receiver<Job>, applied: &impl Fn(usize)) -> Option<Applied> {
+fn apply_all(ram: &GuestRam, jobs: &Receiver<Job>, tell: &impl Fn(AppliedNews)) -> Option<Applied> {
     let mut memory = StandbyMemory::default();
     for job in jobs {
         match job {
             Job::Hollow(batch) => memory.apply_hollow(ram, &batch),
+            Job::Compare(question, ask) => tell(AppliedNews::Compared(question, compare(ram, &ask))),
             Job::Checkpoint(committed) => {
                 failpoint!(ApplyBefore);
                 let bytes = memory.apply(ram, committed);
                 failpoint!(ApplyAfter);
-                applied(bytes);
+                tell(AppliedNews::Bytes(bytes));
             }
         }
     }
@@ -129,7 +146,7 @@ impl StandbyMemory {
 
     /// Writes a committed checkpoint. Returns the bytes of its pages.
     pub fn apply(&mut self, ram: &GuestRam, committed: Committed) -> usize {
-        let bytes = committed.bytes();
+        let bytes = committed.page_bytes();
         committed.pages.iter().for_each(|batch| apply_batch(ram, batch));
         self.last = Some(Applied { epoch: committed.epoch, sections: committed.sections });
         bytes
@@ -139,6 +156,17 @@ impl StandbyMemory {
     pub fn into_applied(self) -> Option<Applied> {
         self.last
     }
+}
+
+/// Which of these pages differ from what memory holds now, whatever that is: equal content is equal, wherever it came from.
+pub fn compare(ram: &GuestRam, ask: &PieceHashes) -> PiecesWanted {
+    let mut page = [0; PAGE_SIZE];
+    let differs = |(index, hash): (u64, &u128)| {
+        // The receiver refused every index outside the RAM that both sides agreed on.
+        ram.copy_out(PageNo(index), &mut page).expect("page indexes are checked when they arrive");
+        piece_hash(&page) != *hash
+    };
+    PiecesWanted { of: ask.of, first: ask.first, wanted: (ask.first..).zip(&ask.hashes).map(differs).collect() }
 }
 
 fn apply_batch(ram: &GuestRam, batch: &PageBatch) {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use failover::failpoint;
-use replication_proto::Epoch;
+use replication_proto::{DiskChanges, Epoch};
 use vmm::machine::{CaptureError, DirtyError, Machine, PauseError, RunError};
 use vmm::memory::NotRam;
 use vmm::{DirtySet, PauseTimings, PausedVm, Section};
@@ -26,6 +26,8 @@ pub struct StagedCheckpoint {
     pub pages: StagedPages,
     /// Machine state, and the frames that wait for this epoch.
     pub sections: Vec<Section>,
+    /// What the guest changed on its disks in the epoch.
+    pub disk: DiskChanges,
     /// Kept until the commit, which retires it; dropped earlier, it gives its pages back.
     pub dirty: DirtySet,
     /// When the guest ran on.
@@ -171,6 +173,7 @@ pub fn stage(
     let held = parts.gate.seal(epoch).ok_or(CheckpointError::Fenced)?;
     let seal = sealing.elapsed();
     failpoint!(EpochSealed => return Err(CaptureError::Host { what: "state".into(), source: failpoint::injected() }.into()));
+    let disk = DiskChanges::default();
     // 4. Machine state. May itself write guest memory, so it comes before the dirty set.
     let mut sections = paused.capture()?;
     failpoint!(EpochCaptured => return Err(DirtyError { call: "none", source: failpoint::injected() }.into()));
@@ -194,7 +197,7 @@ pub fn stage(
     failpoint!(EpochResumed => return Err(CheckpointError::LinkLost));
     sections.push(held_section(&held));
     let pause = PauseParts { machine, seal, stage, whole: resumed - began };
-    Ok((StagedCheckpoint { epoch, pages, sections, dirty, resumed }, pause))
+    Ok((StagedCheckpoint { epoch, pages, sections, disk, dirty, resumed }, pause))
 }
 
 fn held_section(held: &HeldFrames) -> Section {

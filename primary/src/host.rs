@@ -134,6 +134,7 @@ impl Host {
         SenderConfig {
             identity: self.identity(),
             ram: self.ram.clone(),
+            disks: Vec::new(),
             facts: self.facts.clone(),
             // One more than the runner lets be on its way, because the base counts too.
             max_in_flight: EPOCHS_IN_FLIGHT + 1,

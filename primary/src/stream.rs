@@ -10,8 +10,10 @@ use std::time::Instant;
 use bytes::Bytes;
 use failover::failpoint;
 use replication_proto::mutant::{self, Mutant};
-use replication_proto::{CheckpointKind, Epoch, Generation, GoodbyeReason, Identity, LinkError, Refuse};
-use replication_proto::{Sender, SenderConfig, SenderEvent};
+use replication_proto::{
+    CheckpointKind, DiskChange, Epoch, Generation, GoodbyeReason, Identity, LinkError, PieceHashes, PiecesWanted,
+    Refuse, Sender, SenderConfig, SenderEvent, Standing, Verified,
+};
 use vmm::DirtySet;
 
 use crate::epoch::StagedCheckpoint;
@@ -23,7 +25,7 @@ use crate::staging::StagedPages;
 #[derive(Debug)]
 pub enum StreamEvent {
     /// The backup is compatible and waits for the base.
-    Accepted(Identity),
+    Accepted(Identity, Standing),
     /// The backup refused protection, and said why.
     Refused {
         /// Why.
@@ -33,6 +35,12 @@ pub enum StreamEvent {
     },
     /// The backup holds every epoch up to this one. Outputs have been released already, where commits are trusted.
     Committed(Epoch),
+    /// The answer to a question about pieces: those that the backup wants must be sent.
+    Wanted(PiecesWanted),
+    /// The backup has every change of a disk up to this epoch on stable storage.
+    Durable(Epoch),
+    /// What the backup found when it compared a part of its copy as of the end of this epoch.
+    Verified(Epoch, Verified),
     /// Bytes arrived: the peer lives.
     Heard,
     /// The backup said goodbye.
@@ -78,12 +86,15 @@ impl Stream {
 
     fn on_event(&mut self, event: SenderEvent) -> StreamEvent {
         match event {
-            SenderEvent::Accepted { peer } => StreamEvent::Accepted(peer),
+            SenderEvent::Accepted { peer, standing } => StreamEvent::Accepted(peer, standing),
             SenderEvent::Refused { refuse, generation } => StreamEvent::Refused { refuse, generation },
             SenderEvent::Committed { epoch } => {
                 self.on_commit(epoch);
                 StreamEvent::Committed(epoch)
             }
+            SenderEvent::Wanted(answer) => StreamEvent::Wanted(answer),
+            SenderEvent::Durable { epoch } => StreamEvent::Durable(epoch),
+            SenderEvent::Verified { epoch, found } => StreamEvent::Verified(epoch, found),
             SenderEvent::Goodbye { goodbye, generation: _ } => StreamEvent::Goodbye(goodbye.reason),
         }
     }
@@ -146,6 +157,22 @@ impl Stream {
         Ok(())
     }
 
+    /// Asks, within the base, which pieces differ at the backup.
+    ///
+    /// # Errors
+    /// The connection is not in a state for it.
+    pub fn hashes(&mut self, ask: &PieceHashes) -> Result<(), LinkError> {
+        self.protocol.hashes(ask)
+    }
+
+    /// Sends a piece of a disk within the base.
+    ///
+    /// # Errors
+    /// The connection is not in a state for it.
+    pub fn disk_piece(&mut self, piece: &DiskChange) -> Result<(), LinkError> {
+        self.protocol.disk_change(piece)
+    }
+
     /// Sends a whole checkpoint.
     ///
     /// # Errors
@@ -160,18 +187,21 @@ impl Stream {
     /// # Errors
     /// As [`Stream::checkpoint`].
     pub fn end(&mut self, checkpoint: StagedCheckpoint) -> Result<(), LinkError> {
-        let StagedCheckpoint { epoch, pages, sections, dirty, resumed } = checkpoint;
+        let StagedCheckpoint { epoch, pages, sections, disk, dirty, resumed } = checkpoint;
         if mutant::is(Mutant::RetireOnSend) {
             dirty.retire();
         } else {
             self.in_flight.push_back(InFlight { epoch, dirty, resumed, sent: None });
         }
         self.pages(&pages)?;
+        for change in &disk.changes {
+            self.protocol.disk_change(change)?;
+        }
         for section in &sections {
             self.protocol.section(section.kind.0, section.version, &section.bytes)?;
         }
         failpoint!(SendEnd);
-        self.protocol.end()?;
+        self.protocol.end(disk.flushed)?;
         Ok(())
     }
 

@@ -60,6 +60,27 @@ impl DiskChange {
     }
 }
 
+/// The changes of one epoch.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DiskChanges {
+    /// In the order in which the guest made them.
+    pub changes: Vec<DiskChange>,
+    /// The guest may have been told in this epoch that its changes are on stable storage.
+    pub flushed: bool,
+}
+
+impl DiskChanges {
+    /// True when there is nothing to do for it.
+    pub fn is_empty(&self) -> bool {
+        self.changes.is_empty() && !self.flushed
+    }
+
+    /// Bytes that they take in memory, about.
+    pub fn weight(&self) -> usize {
+        self.changes.iter().map(DiskChange::weight).sum()
+    }
+}
+
 /// Something whose content is compared by hash before it is sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Comparable {

@@ -25,8 +25,8 @@ mod wire;
 
 pub use digest::{CheckpointDigest, EpochDigest};
 pub use disk::{
-    Comparable, DiskChange, DiskContent, DiskStanding, PieceHashes, PiecesWanted, Standing, Verified, disk_pieces,
-    piece_hash,
+    Comparable, DiskChange, DiskChanges, DiskContent, DiskStanding, PieceHashes, PiecesWanted, Standing, Verified,
+    disk_pieces, piece_hash,
 };
 pub use error::{ApiMisuse, Incompatible, LinkError, Malformed, Misbehaved};
 pub use facts::{FactError, Facts};

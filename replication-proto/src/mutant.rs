@@ -50,11 +50,13 @@ pub enum Mutant {
     HandoverGivenUpBlindly,
     /// An owner that loses its backup while the record may name it opens its output without asking.
     PairingLostIsNeverNamed,
+    /// The backup acknowledges an epoch that holds a flush before its changes are on stable storage.
+    AckBeforeStable,
 }
 
 impl Mutant {
     /// Every one of them.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 24] = [
         Self::SoloWithoutCas,
         Self::TakeoverWithoutCas,
         Self::RecordWithoutIncarnation,
@@ -78,6 +80,7 @@ impl Mutant {
         Self::UnknownIsApplied,
         Self::HandoverGivenUpBlindly,
         Self::PairingLostIsNeverNamed,
+        Self::AckBeforeStable,
     ];
 }
 

@@ -141,7 +141,10 @@ impl Course {
                 self.decide(Input::LinkLost(loss_of(&end)), decider, now, out);
             }
             // The applier's.
-            IntakeEvent::ApplyHollow(_) | IntakeEvent::Apply(_) => {}
+            IntakeEvent::ApplyHollow(_)
+            | IntakeEvent::ApplyHollowDisk(_)
+            | IntakeEvent::Compare(..)
+            | IntakeEvent::Apply(..) => {}
         }
     }
 
@@ -176,9 +179,12 @@ fn loss_of(end: &LinkEnd) -> LinkLoss {
         LinkEnd::Io(error) if matches!(error.kind(), ConnectionReset | ConnectionAborted | BrokenPipe) => {
             LinkLoss::PeerClosed
         }
-        LinkEnd::Io(_) | LinkEnd::Protocol(_) | LinkEnd::Commit(_) | LinkEnd::Inbox(_) | LinkEnd::Displaced => {
-            LinkLoss::Local
-        }
+        LinkEnd::Io(_)
+        | LinkEnd::Protocol(_)
+        | LinkEnd::Commit(_)
+        | LinkEnd::Inbox(_)
+        | LinkEnd::Disk(_)
+        | LinkEnd::Displaced => LinkLoss::Local,
     }
 }
 

@@ -15,16 +15,17 @@ use primary::owner::{Owner, OwnerEvent};
 use primary::pulse::{self, HeartbeatStream, PulseHandle, PulseReport};
 use primary::runner::Runner;
 use primary::setup::SetupError;
-use replication_proto::{Epoch, Pulse, ReceiverConfig, ReceiverLimits};
+use replication_proto::{Epoch, Pulse, ReceiverConfig, ReceiverLimits, Standing};
 use vmm::FramePort;
 
 use crate::activate::{Activated, Waiting, activate};
 use crate::commit::Commits;
+use crate::disk::DiskKeeper;
 use crate::inbox::Inbox;
 use crate::intake::{Intake, IntakeEvent, LinkEnd};
-use crate::link::{LinkBuilder, LinkEvent, LinkHandle};
+use crate::link::{LinkBuilder, LinkEvent, LinkHandle, News};
 use crate::silent::SilentTaps;
-use crate::standby::Standby;
+use crate::standby::{AppliedNews, Standby};
 
 pub mod course;
 
@@ -89,9 +90,15 @@ impl Waiter {
         let failed = |what| move |source| SetupError::Host { what, source };
         let address = host.config.node(host.node()).expect("this node").replication;
         let link = LinkBuilder::bind(address).map_err(|source| SetupError::Listen { address, source })?;
-        let applied = link.handle();
-        let (applier, applier_thread) =
-            standby.start_applier(move |bytes| applied.applied(bytes)).map_err(failed("the applier's thread"))?;
+        let news = link.handle();
+        let (applier, applier_thread) = standby
+            .start_applier(move |applied| {
+                news.tell(match applied {
+                    AppliedNews::Bytes(bytes) => News::Applied(bytes),
+                    AppliedNews::Compared(question, answer) => News::Compared(question, answer),
+                });
+            })
+            .map_err(failed("the applier's thread"))?;
         let (tell, events) = unbounded();
         let limit = |bytes: u64| usize::try_from(bytes).unwrap_or(usize::MAX);
         let limits = &host.config.limits;
@@ -103,7 +110,7 @@ impl Waiter {
                     Inbox::new(limit(limits.inbox.saturating_add(SECTION_BYTES_MAX))),
                     Commits::new(limit(limits.backlog)),
                 ),
-                applier,
+                (applier, DiskKeeper::none()),
                 host.clock.clone(),
                 move |event| {
                     // The owner of this channel may have ended.
@@ -344,10 +351,13 @@ fn receiver_config(host: &Host) -> ReceiverConfig {
     ReceiverConfig {
         identity: host.identity(),
         ram: host.ram.clone(),
+        disks: Vec::new(),
+        standing: Standing::default(),
         facts: host.facts.clone(),
         limits: ReceiverLimits {
             max_epoch_pages: host.config.limits.inbox / page,
             max_epoch_section_bytes: SECTION_BYTES_MAX,
+            max_epoch_disk_bytes: host.config.limits.inbox,
         },
     }
 }

@@ -208,7 +208,7 @@ impl Course {
         out: &mut Vec<Order>,
     ) {
         match event {
-            StreamEvent::Accepted(peer) => {
+            StreamEvent::Accepted(peer, _) => {
                 let backup = node_of(&peer);
                 self.backup = Some(backup.clone());
                 let step = self.protect.accepted(session, backup);
@@ -225,6 +225,7 @@ impl Course {
                     self.take(Some(step), decider, now, out);
                 }
             }
+            StreamEvent::Wanted(_) | StreamEvent::Durable(_) | StreamEvent::Verified(..) => {}
             StreamEvent::Heard => {
                 if let Some(peer) = self.backup.clone() {
                     self.decide(Input::PeerHeard { peer, report: None }, decider, now, out);

@@ -244,10 +244,14 @@ impl Owner {
 
     fn note_stream(&mut self, event: &StreamEvent) {
         match event {
-            StreamEvent::Accepted(_) => self.host.note_link("up"),
+            StreamEvent::Accepted(..) => self.host.note_link("up"),
             StreamEvent::Refused { refuse, generation: _ } => self.host.note_refusal(refuse),
             StreamEvent::Goodbye(reason) => log::info!("the backup says goodbye: {reason}"),
-            StreamEvent::Committed(_) | StreamEvent::Heard => {}
+            StreamEvent::Committed(_)
+            | StreamEvent::Heard
+            | StreamEvent::Wanted(_)
+            | StreamEvent::Durable(_)
+            | StreamEvent::Verified(..) => {}
         }
     }
 

@@ -26,10 +26,10 @@ fn waiting() -> (Sender, Forge) {
     let all = support::all_pages(&support::ram());
     sender.begin(Epoch(7), CheckpointKind::Base).expect(sound);
     sender.pages(&all, &vec![0; all.len() * PAGE_BYTES]).expect(sound);
-    sender.end().expect(sound);
+    sender.end(false).expect(sound);
     drop(support::drain(|| sender.poll_transmit()));
     sender.begin(Epoch(8), CheckpointKind::Delta).expect(sound);
-    sender.end().expect(sound);
+    sender.end(false).expect(sound);
     while sender.poll_event().is_some() {}
     (sender, forge)
 }

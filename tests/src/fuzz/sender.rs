@@ -1,12 +1,13 @@
 //! A primary's connection against a bad backup, and both ends of a heartbeat connection against a bad peer.
 
 use core::time::Duration;
+use std::collections::VecDeque;
 
 use arbitrary::Unstructured;
 use replication_proto::limits::{HEADER_BYTES, MAX_IN_FLIGHT, PAGE_BYTES};
 use replication_proto::{
-    CheckpointKind, Epoch, Generation, GoodbyeReason, HeartbeatBody, LinkError, PageIndex, Pulse, PulseEvent, Sender,
-    SenderEvent,
+    CheckpointKind, Comparable, DiskChange, DiskContent, Epoch, Generation, GoodbyeReason, HeartbeatBody, LinkError,
+    PageIndex, PieceHashes, Pulse, PulseEvent, Sender, SenderEvent,
 };
 
 use super::session::seal;
@@ -37,6 +38,8 @@ struct Primary {
     begun: Option<Epoch>,
     released: Option<Epoch>,
     accepted: bool,
+    /// Questions without an answer.
+    asked: VecDeque<(Comparable, u64, usize)>,
     failed: Option<LinkError>,
 }
 
@@ -50,6 +53,7 @@ impl Primary {
             begun: None,
             released: None,
             accepted: false,
+            asked: VecDeque::new(),
             failed: None,
         }
     }
@@ -118,6 +122,12 @@ impl Primary {
                     assert!(self.released.is_none_or(|before| before.checked_next() == Some(epoch)));
                     self.released = Some(epoch);
                 }
+                SenderEvent::Wanted(answer) => {
+                    assert_eq!(self.asked.pop_front(), Some((answer.of, answer.first, answer.wanted.len())));
+                }
+                SenderEvent::Durable { epoch } | SenderEvent::Verified { epoch, .. } => {
+                    assert!(self.left.is_some_and(|left| epoch <= left), "{epoch} is told of and had not left");
+                }
                 SenderEvent::Refused { refuse, .. } => super::assert_harmless(&refuse.text),
                 SenderEvent::Goodbye { goodbye, .. } => super::assert_harmless(&goodbye.text),
             }
@@ -154,7 +164,7 @@ impl Primary {
 
     fn order(&mut self, input: &mut Unstructured<'_>) -> arbitrary::Result<()> {
         let next = self.begun.map_or(7, |begun| begun.0.wrapping_add(1));
-        let result = match input.int_in_range(0..=9u8)? {
+        let result = match input.int_in_range(0..=11u8)? {
             0 | 1 => {
                 let epoch = if input.ratio(1, 10)? { input.arbitrary()? } else { next };
                 let kind =
@@ -176,8 +186,27 @@ impl Primary {
                 self.sender.pages_shared(&all, &bytes)
             }
             5 => self.sender.section(input.arbitrary()?, 1, &vec![1; input.int_in_range(0..=9000)?]),
-            6 | 7 => self.sender.end().map(drop),
-            8 => self.sender.inbound(Epoch(input.int_in_range(0..=9)?), 0, &vec![1; input.int_in_range(0..=70_000)?]),
+            6 | 7 => self.sender.end(false).map(drop),
+            8 => {
+                let content = if input.arbitrary()? {
+                    DiskContent::Zeros(input.arbitrary()?)
+                } else {
+                    DiskContent::Bytes(vec![7; *input.choose(&[512, 4096, 0, 511, 300 << 10])?].into())
+                };
+                let change = DiskChange { disk: input.int_in_range(0..=2)?, offset: input.arbitrary()?, content };
+                let at = input.int_in_range(0..=2047)? * 512;
+                self.sender.disk_change(&if input.arbitrary()? { change } else { DiskChange { offset: at, ..change } })
+            }
+            9 => {
+                let of = *input.choose(&[Comparable::Memory, Comparable::Disk(0), Comparable::Disk(2)])?;
+                let (first, count) = (*input.choose(&[0, 1, 16, 255, u64::MAX])?, input.int_in_range(0..=3usize)?);
+                let result = self.sender.hashes(&PieceHashes { of, first, hashes: vec![1; count] });
+                if result.is_ok() {
+                    self.asked.push_back((of, first, count));
+                }
+                result
+            }
+            10 => self.sender.inbound(Epoch(input.int_in_range(0..=9)?), 0, &vec![1; input.int_in_range(0..=70_000)?]),
             _ => Ok(()),
         };
         self.check(result);
@@ -202,7 +231,7 @@ impl Primary {
             .sender
             .begin(Epoch(epoch), kind)
             .and_then(|()| self.sender.pages(&all, &vec![input.arbitrary().unwrap_or(1); all.len() * PAGE_BYTES]))
-            .and_then(|()| self.sender.end().map(drop));
+            .and_then(|()| self.sender.end(false).map(drop));
         self.begun = Some(Epoch(epoch));
         assert_eq!(result, Ok(()), "an honest checkpoint");
         self.check(result);
@@ -235,7 +264,7 @@ impl Primary {
     }
 
     fn any_message(&mut self, input: &mut Unstructured<'_>) -> arbitrary::Result<()> {
-        let (kind, epoch) = (input.int_in_range(0..=12u8)?, input.int_in_range(0..=9u64)?);
+        let (kind, epoch) = (input.int_in_range(0..=17u8)?, input.int_in_range(0..=9u64)?);
         let length = input.int_in_range(0..=60usize)?.min(input.len());
         let payload = input.bytes(length)?.to_vec();
         let frame = self.forge.frame(if kind == ACK { ACCEPT } else { kind }, epoch, &payload);

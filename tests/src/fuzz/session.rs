@@ -66,7 +66,11 @@ enum Damage {
 
 impl Session {
     fn new() -> Self {
-        let limits = ReceiverLimits { max_epoch_pages: MAX_EPOCH_PAGES, max_epoch_section_bytes: 1 << 16 };
+        let limits = ReceiverLimits {
+            max_epoch_pages: MAX_EPOCH_PAGES,
+            max_epoch_section_bytes: 1 << 16,
+            max_epoch_disk_bytes: 1 << 16,
+        };
         let backup = Backup::new(ReceiverConfig { limits, ..receiver_config() });
         let truth = backup.memory.clone();
         Self {

@@ -167,7 +167,15 @@ impl Standby {
             assert!(self.inbox.take().is_err());
             return Ok(());
         };
-        let mut end = EndOfCheckpoint { epoch: Epoch(epoch), kind, pages, sections, digest: digest.finish() };
+        let mut end = EndOfCheckpoint {
+            epoch: Epoch(epoch),
+            kind,
+            pages,
+            sections,
+            disk_changes: 0,
+            flushed: false,
+            digest: digest.finish(),
+        };
         let lie = input.int_in_range(0..=15u8)?;
         match lie {
             0 => end.epoch.0 ^= 1,

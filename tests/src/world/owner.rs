@@ -148,6 +148,7 @@ impl OwnerPart {
         let config = SenderConfig {
             identity: base.decider.identity(),
             ram: ram_layout(&self.machine),
+            disks: Vec::new(),
             facts: facts(&self.machine),
             max_in_flight: EPOCHS_IN_FLIGHT + 1,
             compress_base: true,

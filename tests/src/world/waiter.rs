@@ -6,8 +6,8 @@ use std::time::Duration;
 use backup::activate::{deliver, restore};
 use backup::commit::{Commits, Committed, Holding};
 use backup::inbox::{Inbox, PageBatch};
-use backup::intake::{Intake, IntakeEvent, LinkEnd};
-use backup::standby::StandbyMemory;
+use backup::intake::{Intake, IntakeEvent, LinkEnd, Question};
+use backup::standby::{StandbyMemory, compare};
 use backup::wait::course::{Course, Event as Told, Order};
 use bytes::Bytes;
 use failover::RunPermit;
@@ -16,7 +16,9 @@ use failover::exit::ExitCode;
 use primary::host::Flow;
 use primary::setup::{facts, ram_layout};
 use replication_proto::mutant::{self, Mutant};
-use replication_proto::{Channel, Epoch, Greeting, Incarnation, ReceiverConfig, ReceiverLimits};
+use replication_proto::{
+    Channel, Epoch, Greeting, Incarnation, PieceHashes, PiecesWanted, ReceiverConfig, ReceiverLimits, Standing,
+};
 use vmm::Machine;
 
 use super::env::{Env, Event};
@@ -36,6 +38,7 @@ const BACKLOG_BYTES: usize = 64 << 10;
 
 enum Job {
     Hollow(PageBatch),
+    Compare(Question, PieceHashes),
     Checkpoint(Committed),
 }
 
@@ -64,8 +67,14 @@ impl WaiterPart {
         let config = ReceiverConfig {
             identity: base.decider.identity(),
             ram: ram_layout(&machine),
+            disks: Vec::new(),
+            standing: Standing::default(),
             facts: facts(&machine),
-            limits: ReceiverLimits { max_epoch_pages: 1_024, max_epoch_section_bytes: 1 << 20 },
+            limits: ReceiverLimits {
+                max_epoch_pages: 1_024,
+                max_epoch_section_bytes: 1 << 20,
+                max_epoch_disk_bytes: 1 << 20,
+            },
         };
         Self {
             course: Course::default(),
@@ -337,7 +346,9 @@ impl WaiterPart {
         while let Some(event) = self.intake.poll_event() {
             match event {
                 IntakeEvent::ApplyHollow(pages) => self.jobs.push_back(Job::Hollow(pages)),
-                IntakeEvent::Apply(committed) => self.jobs.push_back(Job::Checkpoint(committed)),
+                IntakeEvent::Apply(committed, _) => self.jobs.push_back(Job::Checkpoint(committed)),
+                IntakeEvent::Compare(question, ask) => self.jobs.push_back(Job::Compare(question, ask)),
+                IntakeEvent::ApplyHollowDisk(_) => unreachable!("a machine without disks"),
                 told => {
                     match &told {
                         IntakeEvent::BaseBegun(peer) => {
@@ -373,20 +384,24 @@ impl WaiterPart {
     /// The applier's thread works off what waits.
     pub fn applier(&mut self, base: &mut Base, env: &mut Env) {
         self.applier_waits = false;
-        let bytes = self.apply_all();
-        let served = self.intake.applied(bytes);
+        let (bytes, answers) = self.apply_all();
+        let mut served = self.intake.applied(bytes);
+        for (question, answer) in answers {
+            served = served.and_then(|()| self.intake.compared(question, answer));
+        }
         self.settle(served, base, env);
     }
 
-    fn apply_all(&mut self) -> usize {
-        let mut bytes = 0;
+    fn apply_all(&mut self) -> (usize, Vec<(Question, PiecesWanted)>) {
+        let (mut bytes, mut answers) = (0, Vec::new());
         while let Some(job) = self.jobs.pop_front() {
             match job {
                 Job::Hollow(batch) => self.memory.apply_hollow(self.machine.ram(), &batch),
+                Job::Compare(question, ask) => answers.push((question, compare(self.machine.ram(), &ask))),
                 Job::Checkpoint(committed) => bytes += self.memory.apply(self.machine.ram(), committed),
             }
         }
-        bytes
+        (bytes, answers)
     }
 
     /// A frame for the guest arrived on this host's tap, which nobody runs here.

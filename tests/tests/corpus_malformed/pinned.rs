@@ -14,7 +14,8 @@ const READ: usize = 256 << 10;
 /// Single pages, each in a read of its own among frames that nobody keeps: what the inbox holds is about what it counts.
 pub(crate) fn small_pages_among_large_frames() {
     let mut forge = Forge::primary();
-    let limits = ReceiverLimits { max_epoch_pages: 1 << 20, max_epoch_section_bytes: 1 << 20 };
+    let limits =
+        ReceiverLimits { max_epoch_pages: 1 << 20, max_epoch_section_bytes: 1 << 20, max_epoch_disk_bytes: 1 << 20 };
     let ram = replication_proto::RamLayout::new(vec![replication_proto::PageRange {
         first: replication_proto::PageIndex(0),
         pages: 1 << 12,

@@ -278,7 +278,7 @@ fn deaf_sender() -> Sender {
         sender
             .pages(&all[..if epoch == 7 { 5 } else { 1 }], &vec![0; if epoch == 7 { 5 } else { 1 } * PAGE_BYTES])
             .unwrap();
-        sender.end().unwrap();
+        sender.end(false).unwrap();
     }
     drop(support::drain(|| sender.poll_transmit()));
     sender
