@@ -1,4 +1,4 @@
-//! The thread that carries frames and key strokes into the guest, and the gate that keeps it out of a stopped machine.
+//! The thread that carries frames and key strokes into the guest, and the gate that keeps it and the disks' workers out of a stopped machine.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -8,6 +8,7 @@ use std::thread::JoinHandle;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
 
+use super::virtio::block::Workers;
 use super::{Devices, lock};
 
 const BELL: Token = Token(usize::MAX);
@@ -33,25 +34,28 @@ impl Doorbell {
     }
 }
 
-/// Keeps the I/O thread out of the devices while the machine is stopped.
+/// Keeps the I/O thread and the disks' workers out of the devices and of guest memory while the machine is stopped.
 ///
-/// Closing waits until the thread is outside; the thread enters for one short turn at a time. Closed when made: a machine
-/// that never ran takes nothing from its ports.
+/// Closing waits until all are outside; each enters for one short turn at a time. Closed when made: a machine that never ran
+/// takes nothing from its ports.
 #[derive(Default)]
 pub(crate) struct Gate {
     state: Mutex<GateState>,
-    changed: Condvar,
+    /// It was opened, or ends.
+    opened: Condvar,
+    /// It is closed and the last one left.
+    emptied: Condvar,
 }
 
-/// The I/O thread is inside. A panic in there leads out too: who closes the gate must not wait for ever.
-struct Inside<'g>(&'g Gate);
+/// A thread is inside. A panic in there leads out too: who closes the gate must not wait for ever.
+pub(crate) struct Inside<'g>(&'g Gate);
 
 impl Drop for Inside<'_> {
     fn drop(&mut self) {
         let mut state = self.0.lock();
-        state.inside = false;
-        if !state.open {
-            self.0.changed.notify_all();
+        state.inside -= 1;
+        if state.inside == 0 && !state.open {
+            self.0.emptied.notify_all();
         }
     }
 }
@@ -59,7 +63,8 @@ impl Drop for Inside<'_> {
 #[derive(Default)]
 struct GateState {
     open: bool,
-    inside: bool,
+    /// Threads inside.
+    inside: usize,
     ending: bool,
 }
 
@@ -69,38 +74,39 @@ impl Gate {
     }
 
     /// Waits for an open gate and steps in; `None` when the machine ends.
-    fn enter(&self) -> Option<Inside<'_>> {
+    pub(crate) fn enter(&self) -> Option<Inside<'_>> {
         let mut state = self.lock();
         while !state.open && !state.ending {
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = self.opened.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         if state.ending {
             return None;
         }
-        state.inside = true;
+        state.inside += 1;
         Some(Inside(self))
     }
 
-    /// Lets the I/O thread in again.
+    /// Lets the threads in again.
     pub(crate) fn open(&self) {
         self.lock().open = true;
-        self.changed.notify_all();
+        self.opened.notify_all();
     }
 
-    /// When this returns, the I/O thread is outside and stays there.
+    /// When this returns, all threads are outside and stay there.
     pub(crate) fn close(&self) {
         let mut state = self.lock();
         state.open = false;
-        while state.inside {
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        while state.inside > 0 {
+            state = self.emptied.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
-    fn end(&self) {
+    /// Closes it for good: whoever waits for it turns back.
+    pub(crate) fn end(&self) {
         let mut state = self.lock();
         state.open = false;
         state.ending = true;
-        self.changed.notify_all();
+        self.opened.notify_all();
     }
 }
 
@@ -121,16 +127,24 @@ impl HostIo {
         self.bell.clone()
     }
 
-    /// Starts the thread, outside of `gate`.
+    /// Starts the thread and those of the disks, outside of `gate`.
     pub(crate) fn start(self, devices: Arc<Devices>, gate: Arc<Gate>) -> io::Result<HostIoThread> {
         let Self { mut poll, bell } = self;
         register(&poll, &devices)?;
-        let thread_gate = Arc::clone(&gate);
+        let (thread_gate, disks) = (Arc::clone(&gate), Arc::clone(&devices));
         // Descriptors were readable before the thread began to watch them: the first turn looks at all.
         bell.ring();
         let thread =
             std::thread::Builder::new().name("host-io".into()).spawn(move || run(&mut poll, &devices, &thread_gate))?;
-        Ok(HostIoThread { gate, bell, thread: Some(thread) })
+        let mut running = HostIoThread { gate, bell, thread: Some(thread), workers: None };
+        match Workers::start(&disks, &running.gate) {
+            Ok(workers) => running.workers = Some(workers),
+            Err(error) => {
+                running.end();
+                return Err(error);
+            }
+        }
+        Ok(running)
     }
 }
 
@@ -186,15 +200,16 @@ fn turn(devices: &Devices) -> Pumped {
     all
 }
 
-/// The running I/O thread.
+/// The running I/O thread, and the disks' workers.
 pub(crate) struct HostIoThread {
     gate: Arc<Gate>,
     bell: Doorbell,
     thread: Option<JoinHandle<()>>,
+    workers: Option<Workers>,
 }
 
 impl HostIoThread {
-    /// Ends the thread and waits for its end.
+    /// Ends the threads and waits for their end.
     pub(crate) fn end(&mut self) {
         self.gate.end();
         self.bell.ring();
@@ -202,6 +217,9 @@ impl HostIoThread {
             && thread.join().is_err()
         {
             log::error!("the I/O thread panicked");
+        }
+        if let Some(mut workers) = self.workers.take() {
+            workers.end();
         }
     }
 }

@@ -4,6 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::FlockOperation;
 
@@ -81,6 +82,8 @@ pub struct DiskImage {
     storage: Arc<dyn Storage>,
     bytes: u64,
     read_only: bool,
+    /// A flush failed. The kernel then marks pages that it could not write as clean, and the next `fdatasync` succeeds without them.
+    broken: AtomicBool,
 }
 
 impl DiskImage {
@@ -121,7 +124,7 @@ impl DiskImage {
         }
         match expected {
             Some(expected) if expected != bytes => Err(ImageError::Size { path: path.into(), bytes, expected }),
-            _ => Ok(Self { storage, bytes, read_only }),
+            _ => Ok(Self { storage, bytes, read_only, broken: AtomicBool::new(false) }),
         }
     }
 
@@ -201,7 +204,13 @@ impl Disk for DiskImage {
     }
 
     fn flush(&self) -> io::Result<()> {
-        if self.read_only { Ok(()) } else { self.storage.sync() }
+        if self.read_only {
+            return Ok(());
+        }
+        if self.broken.load(Ordering::Acquire) {
+            return Err(io::Error::other("an earlier flush of this image failed"));
+        }
+        self.storage.sync().inspect_err(|_| self.broken.store(true, Ordering::Release))
     }
 }
 

@@ -4,6 +4,8 @@
 //! a [`Disk`] of its own around an image.
 
 mod image;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod memory;
 mod storage;
 
 use std::fmt;
@@ -52,7 +54,8 @@ pub trait Disk: Send + Sync {
     fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()>;
 
     /// Called before every change of `range`, while the machine may be stopped and captured at any time: what must be durable before the
-    /// change begins. May take long (it may sync a file).
+    /// change begins. May take long (it may sync a file). The change may come much later, in pieces, or (when the guest resets the device
+    /// or the machine ends) never.
     ///
     /// # Errors
     /// The host's; the change is then not begun.
@@ -62,7 +65,8 @@ pub trait Disk: Send + Sync {
     /// recorded.
     ///
     /// # Errors
-    /// The host's; the bytes may then be old, new or a mixture.
+    /// `WouldBlock` when the announcement is not valid any more (the disk has meanwhile forgotten it): nothing was changed, and the caller
+    /// announces what is left and tries again. Otherwise the host's; the bytes may then be old, new or a mixture.
     fn write(&self, offset: u64, from: &[u8]) -> io::Result<()>;
 
     /// Makes `range` read as zeroes, as [`Disk::write`] would; `may_unmap` lets the host give the space back.
@@ -81,7 +85,8 @@ pub trait Disk: Send + Sync {
     /// may be stopped.
     ///
     /// # Errors
-    /// The host's; nothing is then known of what is on stable storage.
+    /// The host's; nothing is then known of what is on stable storage, and no later flush may succeed: the host may have dropped what it
+    /// could not write.
     fn flush(&self) -> io::Result<()>;
 }
 

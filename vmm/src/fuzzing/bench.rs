@@ -7,12 +7,17 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use crate::devices::host_io::{Doorbell, HostIo};
+use crate::config::DiskConfig;
+use crate::devices::host_io::{Doorbell, Gate, HostIo};
 use crate::devices::irq::IrqLine;
 use crate::devices::serial::SerialPort;
+use crate::devices::virtio::VirtioDevice;
+use crate::devices::virtio::block::{Block, Worker};
 use crate::devices::virtio::mmio::VirtioMmio;
 use crate::devices::virtio::net::Net;
 use crate::devices::{Devices, MMIO_BASE};
+use crate::disk::memory::MemoryDisk;
+use crate::disk::{Disk, DiskSerial};
 use crate::memory::{GuestRam, PAGE_SIZE, PageNo};
 use crate::outputs::{FramePort, Outputs};
 
@@ -53,12 +58,15 @@ impl FramePort for Cable {
     }
 }
 
-/// The serial port and one network device, with RAM that is all zeroes at first.
+/// The serial port and one virtio device, with RAM that is all zeroes at first.
 pub(super) struct Bench {
-    pub(super) devices: Devices,
+    pub(super) devices: Arc<Devices>,
     cable: Arc<Cable>,
     heard: Arc<Heard>,
-    /// Level of the network device's line.
+    /// What the device works on, if it is a block device.
+    pub(super) disk: Option<Arc<MemoryDisk>>,
+    worker: Option<Worker>,
+    /// Level of the virtio device's line.
     pub(super) line: Arc<AtomicBool>,
 }
 
@@ -94,18 +102,51 @@ pub(super) fn alone(body: impl FnOnce()) {
 }
 
 impl Bench {
-    /// Devices as they are built. The RAM is that of all benches.
+    /// A network device as it is built. The RAM is that of all benches.
     pub(super) fn new() -> Self {
+        Self::with(None)
+    }
+
+    /// Likewise, a block device on this disk.
+    pub(super) fn with_disk(disk: Arc<MemoryDisk>) -> Self {
+        Self::with(Some(disk))
+    }
+
+    /// Another one like this, with the same disk.
+    pub(super) fn another(&self) -> Self {
+        Self::with(self.disk.clone())
+    }
+
+    fn with(disk: Option<Arc<MemoryDisk>>) -> Self {
         let Parts { ram, bell, .. } = parts();
         let (line, heard) = (Arc::new(AtomicBool::new(false)), Arc::new(Heard::default()));
         let null = File::open("/dev/null").expect("/dev/null");
         let cable = Arc::new(Cable { waiting: Mutex::default(), null });
         let outputs = Arc::clone(&heard) as Arc<dyn Outputs>;
-        let net = Net::new(0, [2, 0, 0, 0, 0, 7], Arc::clone(&outputs), Arc::clone(&cable) as _, bell.clone());
-        let nic = VirtioMmio::new(IrqLine::loose(Arc::clone(&line)), Box::new(net));
+        let device: Box<dyn VirtioDevice> = match &disk {
+            None => {
+                let port = Arc::clone(&cable) as _;
+                Box::new(Net::new(0, [2, 0, 0, 0, 0, 7], Arc::clone(&outputs), port, bell.clone()))
+            }
+            Some(disk) => {
+                let serial = DiskSerial::new("fuzz").expect("a name");
+                let config = DiskConfig { bytes: disk.bytes(), read_only: disk.is_read_only(), serial };
+                Box::new(Block::new(&config, Arc::clone(disk) as _))
+            }
+        };
+        let device = VirtioMmio::new(IrqLine::loose(Arc::clone(&line)), device);
         let serial = SerialPort::new(IrqLine::loose(Arc::default()), outputs, bell.clone(), None);
-        let devices = Devices { ram: Arc::clone(ram), serial: Mutex::new(serial), virtio: vec![Mutex::new(nic)] };
-        Self { devices, cable, heard, line }
+        let (ram, serial) = (Arc::clone(ram), Mutex::new(serial));
+        let devices = Arc::new(Devices { ram, serial, virtio: vec![Mutex::new(device)] });
+        let gate = Arc::new(Gate::default());
+        gate.open();
+        let worker = Worker::new(&devices, &gate, 0);
+        Self { devices, cable, heard, disk, worker, line }
+    }
+
+    /// Carries out one request of the guest, in small pieces; false when none may start.
+    pub(super) fn work(&self) -> bool {
+        self.worker.as_ref().is_some_and(|worker| worker.try_one(&mut [0; 1024]))
     }
 
     pub(super) fn send(&self, frame: Vec<u8>) {

@@ -4,9 +4,11 @@
 //! crate. The tests below replay what the fuzzer once found, and the seeds.
 
 mod bench;
+mod block;
 mod net;
 mod sections;
 
+pub use block::virtio_blk;
 pub use net::virtio_net;
 pub use sections::sections;
 
@@ -17,7 +19,8 @@ mod tests {
     /// What one target does with one input.
     type Body = fn(&[u8]);
 
-    const TARGETS: [(&str, Body); 2] = [("sections", super::sections), ("virtio_net", super::virtio_net)];
+    const TARGETS: [(&str, Body); 3] =
+        [("sections", super::sections), ("virtio_net", super::virtio_net), ("virtio_blk", super::virtio_blk)];
 
     fn replay(folder: &Path, body: Body) -> usize {
         let Ok(files) = std::fs::read_dir(folder) else { return 0 };

@@ -7,7 +7,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::bench::{Bench, alone};
 use crate::devices::{MMIO_BASE, lock};
 use crate::state::codec::{Decoder, Malformed, Saved};
-use crate::{SectionKind, devices::virtio::mmio::VirtioStateV1};
+use crate::{SectionKind, devices::virtio::mmio::VirtioStateV2};
 
 const STEPS: usize = 120;
 const RAM_END: u64 = 2 << 20;
@@ -26,8 +26,8 @@ pub(super) fn assert_consistent(bench: &Bench) {
 pub(super) fn assert_restorable(bench: &Bench) -> Bench {
     let state = lock(&bench.devices.virtio[0]).capture();
     let section = state.to_section(SectionKind::virtio(0));
-    assert_eq!(VirtioStateV1::from_section(&section).ok().as_ref(), Some(&state));
-    let other = Bench::new();
+    assert_eq!(VirtioStateV2::from_section(&section).ok().as_ref(), Some(&state));
+    let other = bench.another();
     if let Err(error) = other.devices.restore(&section) {
         panic!("a guest made a state that nobody can restore: {error}: {state:?}");
     }

@@ -6,6 +6,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::bench::{Bench, alone};
 use crate::devices::lock;
+use crate::disk::memory::MemoryDisk;
 use crate::machine::RestoreError;
 use crate::memory::GuestRam;
 use crate::model::{ModelProgram, ProgramOptions};
@@ -26,7 +27,7 @@ pub fn sections(data: &[u8]) {
     let [which, version, bytes @ ..] = data else { return };
     let version = if *version == 0 { 1 } else { u16::from(*version) };
     let section = |kind| Section { kind, version, bytes: bytes.to_vec() };
-    match which % 7 {
+    match which % 8 {
         0 => {
             if let Some(state) = open::<VcpuStateV1>(&section(SectionKind::vcpu(0))) {
                 // The values are KVM's to judge; `tests/corpus_kvm` gives them to it.
@@ -37,7 +38,11 @@ pub fn sections(data: &[u8]) {
         1 => drop(open::<IrqchipStateV1>(&section(SectionKind::IRQCHIP))),
         2 => drop(open::<ClockStateV1>(&section(SectionKind::CLOCK))),
         3 => alone(|| serial(&section(SectionKind::SERIAL))),
-        4 => alone(|| virtio(&section(SectionKind::virtio(0)))),
+        4 => alone(|| virtio(&section(SectionKind::virtio(0)), Bench::new())),
+        6 => alone(|| {
+            let disk = Arc::new(MemoryDisk::new(64 << 10, false));
+            virtio(&section(SectionKind::virtio(0)), Bench::with_disk(disk));
+        }),
         5 => model(&section(SectionKind::MODEL)),
         _ => alone(|| {
             let kind = SectionKind(u16::from_le_bytes([*bytes.first().unwrap_or(&0), *bytes.get(1).unwrap_or(&0)]));
@@ -76,13 +81,12 @@ fn serial(section: &Section) {
     }
 }
 
-fn virtio(section: &Section) {
-    let bench = Bench::new();
+fn virtio(section: &Section, bench: Bench) {
     let ram = bench.devices.ram.tracked();
     // Rings of some kind for queues that claim to be ready.
     ram.write_slice(&section.bytes, GuestAddress(0x1_0000)).expect("a section is small");
     if bench.devices.restore(section).is_err() {
-        let untouched = Bench::new().devices.capture().expect("a capture");
+        let untouched = bench.another().devices.capture().expect("a capture");
         assert_eq!(bench.devices.capture().expect("a capture"), untouched, "an error changed the device");
         return;
     }
@@ -96,6 +100,7 @@ fn virtio(section: &Section) {
         bench.write(0x50, queue);
     }
     lock(device).pump(ram);
+    while bench.work() {}
     super::net::assert_consistent(&bench);
     super::net::assert_restorable(&bench);
 }

@@ -14,6 +14,8 @@ use crate::config::{Fact, MachineConfig, MachineIo, check_disks};
 use crate::devices::host_io::{Gate, HostIo};
 use crate::devices::irq::IrqLine;
 use crate::devices::serial::SerialPort;
+use crate::devices::virtio::VirtioDevice;
+use crate::devices::virtio::block::Block;
 use crate::devices::virtio::mmio::VirtioMmio;
 use crate::devices::virtio::net::Net;
 use crate::devices::{Devices, VIRTIO_IRQS};
@@ -131,18 +133,15 @@ fn check(config: &MachineConfig, io: &MachineIo) -> Result<(), BuildError> {
     if config.vcpus == 0 || config.vcpus > MAX_VCPUS {
         return Err(BuildError::Config(format!("{} vCPUs, this machine has 1 to {MAX_VCPUS}", config.vcpus)));
     }
-    if config.nics.len() > VIRTIO_IRQS.len() {
-        let most = VIRTIO_IRQS.len();
-        return Err(BuildError::Config(format!("{} network devices, at most {most} are possible", config.nics.len())));
+    let (slots, most) = (config.nics.len() + config.disks.len(), VIRTIO_IRQS.len());
+    if slots > most {
+        return Err(BuildError::Config(format!("{slots} network devices and disks, at most {most} are possible")));
     }
     if io.ports.len() != config.nics.len() {
         let (ports, nics) = (io.ports.len(), config.nics.len());
         return Err(BuildError::Config(format!("{ports} frame ports for {nics} network devices")));
     }
     check_disks(config, io).map_err(BuildError::Config)?;
-    if !config.disks.is_empty() {
-        return Err(BuildError::Config("this machine has no block device yet".into()));
-    }
     match config.nics.iter().find(|nic| nic.mac[0] & 1 != 0 || nic.mac == [0; 6]) {
         Some(nic) => Err(BuildError::Config(format!("{:02x?} is not the address of one station", nic.mac))),
         None => Ok(()),
@@ -208,19 +207,13 @@ fn make_devices(
     ram: &Arc<GuestRam>,
     host_io: &HostIo,
 ) -> Devices {
-    let MachineIo { outputs, ports, disks: _, console_input } = io;
+    let MachineIo { outputs, ports, disks, console_input } = io;
     let line = |number| IrqLine::new(Arc::clone(vm), number);
     let serial = SerialPort::new(line(SERIAL_IRQ), Arc::clone(&outputs), host_io.bell(), console_input);
-    let virtio = config
-        .nics
-        .iter()
-        .zip(ports)
-        .zip(VIRTIO_IRQS)
-        .zip(0u8..)
-        .map(|(((nic, port), irq), slot)| {
-            let net = Net::new(slot, nic.mac, Arc::clone(&outputs), port, host_io.bell());
-            Mutex::new(VirtioMmio::new(line(irq), Box::new(net)))
-        })
-        .collect();
-    Devices { ram: Arc::clone(ram), serial: Mutex::new(serial), virtio }
+    let nics = config.nics.iter().zip(ports).zip(0u8..).map(|((nic, port), number)| {
+        Box::new(Net::new(number, nic.mac, Arc::clone(&outputs), port, host_io.bell())) as Box<dyn VirtioDevice>
+    });
+    let disks = config.disks.iter().zip(disks).map(|(parts, disk)| Box::new(Block::new(parts, disk)) as _);
+    let virtio = nics.chain(disks).zip(VIRTIO_IRQS).map(|(device, irq)| Mutex::new(VirtioMmio::new(line(irq), device)));
+    Devices { ram: Arc::clone(ram), serial: Mutex::new(serial), virtio: virtio.collect() }
 }

@@ -4,7 +4,7 @@ use kvm_bindings::CpuId;
 use kvm_ioctls::{Cap, VmFd};
 
 use super::cpuid;
-use crate::config::{Fact, MachineConfig};
+use crate::config::{DiskConfig, Fact, MachineConfig};
 use crate::devices::{MMIO_BASE, MMIO_SIZE, VIRTIO_IRQS};
 
 /// Everything that facts are made of.
@@ -28,11 +28,14 @@ pub(super) fn facts(sources: &Sources<'_>) -> Vec<Fact> {
         fact("device.i8042", "0x60"),
         fact("device.power", "0x604"),
     ];
-    for ((nic, irq), slot) in config.nics.iter().zip(VIRTIO_IRQS).zip(0u64..) {
+    let nics = config.nics.iter().map(|nic| {
         let [a, b, c, d, e, f] = nic.mac;
-        let mac = format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}");
+        format!("net {a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}")
+    });
+    let devices = nics.chain(config.disks.iter().map(DiskConfig::fact));
+    for ((device, irq), slot) in devices.zip(VIRTIO_IRQS).zip(0u64..) {
         let address = MMIO_BASE + slot * MMIO_SIZE;
-        facts.push(fact(&format!("device.virtio.{slot}"), format!("net {mac} at {address:#x} irq {irq}")));
+        facts.push(fact(&format!("device.virtio.{slot}"), format!("{device} at {address:#x} irq {irq}")));
     }
     for entry in cpuid.as_slice() {
         facts.push(leaf("cpuid", cpuid::comparable(entry)));

@@ -9,6 +9,8 @@ mod testing;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
+mod tests_block;
+#[cfg(test)]
 mod tests_virtio;
 
 use std::collections::BTreeMap;

@@ -5,7 +5,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::testing::{Bench, Driver, RX, Ring, TX, bench, config, eventually, no_kvm};
 use super::*;
 use crate::devices::host_io::Pumped;
-use crate::devices::virtio::mmio::VirtioStateV1;
+use crate::devices::virtio::mmio::VirtioStateV2;
 
 const HEADER: u32 = 12;
 const NEEDS_RESET: u32 = 0x40;
@@ -22,7 +22,7 @@ fn pump(machine: &KvmMachine) -> Pumped {
     lock(&machine.devices.virtio[0]).pump(machine.ram.tracked())
 }
 
-fn section(machine: &KvmMachine) -> VirtioStateV1 {
+fn section(machine: &KvmMachine) -> VirtioStateV2 {
     lock(&machine.devices.virtio[0]).capture()
 }
 

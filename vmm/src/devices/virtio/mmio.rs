@@ -3,6 +3,8 @@
 //! Everything here is written by the guest at will. A value that breaks a rule is ignored where the specification lets the
 //! driver find out by reading back, and otherwise makes the device say NEEDS_RESET.
 
+use std::sync::Arc;
+
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED,
     VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_VERSION_1,
@@ -10,6 +12,7 @@ use virtio_bindings::virtio_config::{
 use virtio_queue::{Queue, QueueState, QueueT};
 use vm_memory::GuestAddress;
 
+use super::block::Work;
 use super::{BrokenQueue, VirtioDevice, wants_interrupt};
 use crate::devices::host_io::Pumped;
 use crate::devices::irq::IrqLine;
@@ -217,6 +220,8 @@ impl VirtioMmio {
         self.status |= wanted;
         if self.status & FEATURES_OK == 0 {
             self.status &= !DRIVER_OK;
+        } else if before & FEATURES_OK == 0 {
+            self.device.negotiated(self.driver_features);
         }
         if before & DRIVER_OK == 0 && self.status & DRIVER_OK != 0 {
             self.kick_all(ram);
@@ -315,6 +320,17 @@ impl VirtioMmio {
         self.kick_all(ram);
     }
 
+    /// The work of a device that has worker threads.
+    pub(crate) fn work(&self) -> Option<Arc<Work>> {
+        self.device.work()
+    }
+
+    /// Heads of the requests that were not given back.
+    #[cfg(test)]
+    pub(crate) fn pending(&self) -> Vec<u16> {
+        self.device.pending()
+    }
+
     pub(crate) fn host_port(&self) -> Option<&dyn FramePort> {
         self.device.host_port()
     }
@@ -323,8 +339,8 @@ impl VirtioMmio {
         self.device.queue_inbound(frames);
     }
 
-    pub(crate) fn capture(&self) -> VirtioStateV1 {
-        VirtioStateV1 {
+    pub(crate) fn capture(&self) -> VirtioStateV2 {
+        VirtioStateV2 {
             device_id: self.device.device_id(),
             device_features_sel: self.device_features_sel,
             driver_features_sel: self.driver_features_sel,
@@ -333,12 +349,13 @@ impl VirtioMmio {
             interrupt_status: self.interrupt_status,
             status: self.status,
             queues: self.queues.iter().map(Queue::state).collect(),
+            pending: self.device.pending(),
         }
     }
 
     /// Takes a saved state after checking it against this device and against RAM, which must be there already.
-    pub(crate) fn restore(&mut self, saved: &VirtioStateV1, ram: &TrackedMemory) -> Result<(), Malformed> {
-        let VirtioStateV1 {
+    pub(crate) fn restore(&mut self, saved: &VirtioStateV2, ram: &TrackedMemory) -> Result<(), Malformed> {
+        let VirtioStateV2 {
             device_id,
             device_features_sel,
             driver_features_sel,
@@ -347,6 +364,7 @@ impl VirtioMmio {
             interrupt_status,
             status,
             queues,
+            pending,
         } = saved;
         if *device_id != self.device.device_id() {
             return Err(Malformed(format!("virtio device {device_id} where {} belongs", self.device.device_id())));
@@ -365,6 +383,10 @@ impl VirtioMmio {
             .zip(&self.queues)
             .map(|(state, own)| restore_queue(*state, own.max_size(), ram))
             .collect::<Result<Vec<_>, _>>()?;
+        self.device.restore_pending(pending, &restored)?;
+        if *status & FEATURES_OK != 0 {
+            self.device.negotiated(*driver_features);
+        }
         self.queues = restored;
         self.device_features_sel = *device_features_sel;
         self.driver_features_sel = *driver_features_sel;
@@ -415,7 +437,7 @@ fn high(address: u64, value: u32) -> GuestAddress {
 
 /// Registers and queues. The rings themselves are in the guest's memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct VirtioStateV1 {
+pub(crate) struct VirtioStateV2 {
     device_id: u32,
     device_features_sel: u32,
     driver_features_sel: u32,
@@ -424,10 +446,12 @@ pub(crate) struct VirtioStateV1 {
     interrupt_status: u32,
     status: u32,
     queues: Vec<QueueState>,
+    /// Heads of the requests that were taken from the first queue and not given back, in order.
+    pending: Vec<u16>,
 }
 
-impl Saved for VirtioStateV1 {
-    const VERSION: u16 = 1;
+impl Saved for VirtioStateV2 {
+    const VERSION: u16 = 2;
 
     fn encode(&self, out: &mut Encoder) {
         let Self {
@@ -439,6 +463,7 @@ impl Saved for VirtioStateV1 {
             interrupt_status,
             status,
             queues,
+            pending,
         } = self;
         out.u32(*device_id);
         out.u32(*device_features_sel);
@@ -469,6 +494,8 @@ impl Saved for VirtioStateV1 {
                 out.u64(v);
             }
         }
+        out.u16(u16::try_from(pending.len()).expect("no more than a queue has entries"));
+        pending.iter().for_each(|head| out.u16(*head));
     }
 
     fn decode(input: &mut Decoder<'_>) -> Result<Self, Malformed> {
@@ -481,6 +508,7 @@ impl Saved for VirtioStateV1 {
             interrupt_status: input.u32()?,
             status: input.u32()?,
             queues: Vec::new(),
+            pending: Vec::new(),
         };
         let count = input.u8()?;
         if count > MAX_QUEUES {
@@ -501,6 +529,10 @@ impl Saved for VirtioStateV1 {
                 avail_ring,
                 used_ring,
             });
+        }
+        // Each is in the input: no length is believed.
+        for _ in 0..input.u16()? {
+            state.pending.push(input.u16()?);
         }
         Ok(state)
     }

@@ -1,7 +1,10 @@
 //! Virtio over MMIO: the transport once, and what each kind of device adds to it.
 
+pub(crate) mod block;
 pub(crate) mod mmio;
 pub(crate) mod net;
+
+use std::sync::Arc;
 
 use virtio_queue::{Queue, QueueT};
 use vm_memory::Bytes;
@@ -9,6 +12,7 @@ use vm_memory::Bytes;
 use super::host_io::Pumped;
 use crate::memory::TrackedMemory;
 use crate::outputs::FramePort;
+use crate::state::codec::Malformed;
 
 /// The guest broke the rules of a queue. The device says NEEDS_RESET and does nothing more until it is reset.
 #[derive(Debug, thiserror::Error)]
@@ -24,8 +28,8 @@ impl BrokenQueue {
     }
 }
 
-/// What a kind of device adds to the transport. All its state that a guest could notice is in the transport: a kind that
-/// gets state of its own must add it to the saved type.
+/// What a kind of device adds to the transport. All its state that a guest could notice is in the transport, but for requests
+/// that it has taken from its queues and not given back: a kind that gets other state must add it to the saved type.
 pub(crate) trait VirtioDevice: Send {
     /// The number that the specification gives this kind.
     fn device_id(&self) -> u32;
@@ -35,6 +39,8 @@ pub(crate) trait VirtioDevice: Send {
     fn queue_sizes(&self) -> &'static [u16];
     /// The configuration space.
     fn config(&self) -> &[u8];
+    /// The driver accepted these features, all of them offered.
+    fn negotiated(&mut self, features: u64);
     /// The guest kicked queue `index`. True when it got something back there.
     fn kicked(&mut self, index: usize, queues: &mut [Queue], ram: &TrackedMemory) -> Result<bool, BrokenQueue>;
     /// A turn of the host side: the queue that the guest got something back on, if any, and whether more waits.
@@ -43,8 +49,14 @@ pub(crate) trait VirtioDevice: Send {
     fn host_port(&self) -> Option<&dyn FramePort>;
     /// Frames to deliver before any of the port's.
     fn queue_inbound(&mut self, frames: Vec<Vec<u8>>);
-    /// The driver reset the device.
+    /// The driver reset the device: nothing that it asked for before touches its memory after this returns.
     fn reset(&mut self);
+    /// Heads of the chains that were taken from the queue and not given back, in order. Nobody may run the device.
+    fn pending(&self) -> Vec<u16>;
+    /// Takes such heads over from another device; they are submitted before anything new, at the first kick. On an error nothing has changed.
+    fn restore_pending(&mut self, heads: &[u16], queues: &[Queue]) -> Result<(), Malformed>;
+    /// The work of a device that has worker threads.
+    fn work(&self) -> Option<Arc<block::Work>>;
 }
 
 /// Whether the driver wants to hear of a used buffer (`VRING_AVAIL_F_NO_INTERRUPT` is advice; without EVENT_IDX there is no more).

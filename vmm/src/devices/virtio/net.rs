@@ -13,10 +13,12 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MAC;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 
+use super::block::Work;
 use super::{BrokenQueue, VirtioDevice};
 use crate::devices::host_io::{Doorbell, Pumped};
 use crate::memory::TrackedMemory;
 use crate::outputs::{FramePort, Outputs};
+use crate::state::codec::Malformed;
 
 const RX: usize = 0;
 const TX: usize = 1;
@@ -155,6 +157,8 @@ impl VirtioDevice for Net {
         &self.mac
     }
 
+    fn negotiated(&mut self, _: u64) {}
+
     fn kicked(&mut self, index: usize, queues: &mut [Queue], ram: &TrackedMemory) -> Result<bool, BrokenQueue> {
         match queues.get_mut(index) {
             Some(queue) if index == TX => self.transmit(queue, ram),
@@ -183,5 +187,17 @@ impl VirtioDevice for Net {
 
     fn reset(&mut self) {
         self.stalled = true;
+    }
+
+    fn pending(&self) -> Vec<u16> {
+        Vec::new()
+    }
+
+    fn restore_pending(&mut self, heads: &[u16], _: &[Queue]) -> Result<(), Malformed> {
+        if heads.is_empty() { Ok(()) } else { Err(Malformed::new("a network device with requests under way")) }
+    }
+
+    fn work(&self) -> Option<Arc<Work>> {
+        None
     }
 }
