@@ -166,7 +166,10 @@ fn restore_of_cut_or_foreign_sections_is_a_typed_error_and_leaves_nothing_to_run
         let error = refused(&with(&|s| s.bytes.push(0)));
         assert!(matches!(error, RestoreError::Malformed { kind: k, .. } if k == kind), "{kind:?}: {error}");
         let error = refused(&with(&|s| s.version += 1));
-        assert!(matches!(error, RestoreError::Version { kind: k, got: 2, reads: 1 } if k == kind), "{error}");
+        assert!(
+            matches!(error, RestoreError::Version { kind: k, got, reads } if k == kind && got == reads + 1),
+            "{error}"
+        );
         let mut less = sections.clone();
         less.remove(at);
         assert!(matches!(refused(&less), RestoreError::Missing(k) if k == kind));
