@@ -8,8 +8,8 @@ use bytes::Bytes;
 use failover::failpoint;
 use replication_proto::mutant::{self, Mutant};
 use replication_proto::{
-    CheckpointKind, DiskChange, Epoch, Generation, GoodbyeReason, Identity, LinkError, PieceHashes, PiecesWanted,
-    Point, Receiver, ReceiverConfig, ReceiverEvent, RefuseCode, Standing, Verified,
+    CheckpointKind, DiskChange, DiskStanding, Epoch, Generation, GoodbyeReason, Identity, LinkError, PieceHashes,
+    PiecesWanted, Point, Receiver, ReceiverConfig, ReceiverEvent, RefuseCode, Verified,
 };
 
 use crate::commit::{CommitError, Commits, Committed, Holding};
@@ -149,9 +149,9 @@ impl Intake {
         self.connection = Some(Connection { protocol, peer: None, base: None, questions: VecDeque::new() });
     }
 
-    /// What the next primary is told of the older life's memory and disks.
-    pub fn set_standing(&mut self, standing: Standing) {
-        self.config.standing = standing;
+    /// What the next primary is told of the disks.
+    pub fn set_standing(&mut self, disks: Vec<DiskStanding>) {
+        self.config.standing.disks = disks;
     }
 
     /// Takes bytes of the connection.
@@ -315,6 +315,8 @@ impl Intake {
                 failpoint!(RecvBegin => return Err(failpoint::injected().into()));
                 self.inbox.begin(epoch, kind)?;
                 if kind == CheckpointKind::Base {
+                    // From here on memory holds something that may be worth comparing with.
+                    self.config.standing.warm_memory = true;
                     if let Some(connection) = &mut self.connection {
                         connection.base = Some(epoch);
                     }
@@ -411,7 +413,7 @@ mod tests {
             identity: identity("b", 1, 0, 20),
             ram: ram(),
             disks: Vec::new(),
-            standing: Standing::default(),
+            standing: replication_proto::Standing::default(),
             facts: Facts::new(),
             limits,
         };

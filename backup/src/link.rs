@@ -16,7 +16,7 @@ use mio::net::{TcpListener, TcpStream};
 use mio::{Events, Interest, Poll, Registry, Token, Waker};
 use primary::clock::Clock;
 use replication_proto::{
-    Channel, Comparable, Epoch, Generation, Greeting, Identity, LinkError, PiecesWanted, Standing, Verified,
+    Channel, Comparable, DiskStanding, Epoch, Generation, Greeting, Identity, LinkError, PiecesWanted, Verified,
 };
 
 use crate::commit::Holding;
@@ -56,8 +56,8 @@ pub enum News {
     Durable(Epoch),
     /// A comparison of both sides as of the end of this epoch is done.
     Verified(Epoch, Verified),
-    /// What the next primary is to be told of this side's memory and disks.
-    Standing(Standing),
+    /// What the next primary is to be told of this side's disks.
+    Standing(Vec<DiskStanding>),
     /// A disk failed, and why.
     DiskFailed(String),
 }
@@ -347,7 +347,7 @@ impl Server {
                 News::Compared(question, answer) => self.intake.compared(question, answer)?,
                 News::Durable(epoch) => self.intake.durable(epoch)?,
                 News::Verified(epoch, found) => self.intake.verified(epoch, &found)?,
-                News::Standing(standing) => self.intake.set_standing(standing),
+                News::Standing(disks) => self.intake.set_standing(disks),
                 News::DiskFailed(why) => self.intake.disk_failed(why)?,
             }
         }

@@ -1,14 +1,17 @@
 //! The base: all of guest memory, copied while the guest runs, ended by a first checkpoint. Output stays open meanwhile: it is held only
 //! once the base is committed, for the one epoch that makes the backup the one in sync (rule R5).
 
-use failover::failpoint;
-use replication_proto::Epoch;
-use replication_proto::mutant::{self, Mutant};
-use vmm::machine::DirtyError;
-use vmm::{Machine, PageNo};
+use std::time::Duration;
 
-use crate::epoch::{Afterwards, CheckpointError, EpochParts, checkpoint_base};
+use failover::failpoint;
+use replication_proto::mutant::{self, Mutant};
+use replication_proto::{Comparable, Epoch, PieceHashes, PiecesWanted, Standing, piece_hash};
+use vmm::machine::DirtyError;
+use vmm::{Machine, PAGE_SIZE, PageNo};
+
+use crate::epoch::{Afterwards, CheckpointError, EpochParts, ROOM_PATIENCE, checkpoint_base};
 use crate::link::Link;
+use crate::staging::StagedPages;
 
 /// Pages in one piece of the copy: 1 MiB, so that a command is looked at about every millisecond.
 const PIECE_PAGES: usize = 256;
@@ -17,43 +20,76 @@ const FEW_PAGES: usize = 2_048;
 /// … or after this many rounds: a guest that writes faster than the link sends never gets below.
 const ROUNDS_MAX: usize = 8;
 
+/// Questions about pieces that may be without an answer at one time.
+const QUESTIONS_MAX: usize = 16;
+
+/// What is done next for a base.
+#[derive(Debug, PartialEq, Eq)]
+pub enum BaseStep {
+    /// Ask the backup whether it holds these consecutive pages already.
+    Ask(Vec<PageNo>),
+    /// Send these pages.
+    Send(Vec<PageNo>),
+    /// Nothing, before an answer comes.
+    Await,
+    /// What is left goes with the checkpoint that ends the base.
+    End,
+}
+
 /// What of the base is copied next. Pages are copied while the guest runs; a round ends when all that was dirty at its beginning is copied,
-/// and the first round is all of RAM.
+/// and the first round is all of RAM. Where the backup's memory holds an older checkpoint, the first round asks before it sends.
 #[derive(Debug)]
 pub struct BaseCopy {
     /// Pages of this round that are still to be copied, in reverse.
     waiting: Vec<PageNo>,
+    /// Pages that the backup wants.
+    wanted: Vec<PageNo>,
+    /// Questions without an answer.
+    unanswered: usize,
+    /// This round asks first.
+    asks: bool,
     rounds: usize,
     few: bool,
 }
 
 impl BaseCopy {
-    /// Starts recording the guest's writes; everything is to be copied.
+    /// Starts recording the guest's writes; everything is to be copied. `warm`: the backup's memory holds an older checkpoint.
     ///
     /// # Errors
     /// The dirty log cannot be switched on.
-    pub fn begin(machine: &mut dyn Machine) -> Result<Self, DirtyError> {
+    pub fn begin(machine: &mut dyn Machine, warm: bool) -> Result<Self, DirtyError> {
         machine.track_dirty(true)?;
         let mut waiting: Vec<_> = machine.ram().pages().collect();
         waiting.reverse();
-        Ok(Self { waiting, rounds: 0, few: false })
+        Ok(Self { waiting, wanted: Vec::new(), unanswered: 0, asks: warm, rounds: 0, few: false })
     }
 
-    /// The next pages to copy. Each one's dirty bit was cleared before this returns, so that what the guest writes during or after the copy is dirty
-    /// again. `None`: what is left goes with the checkpoint that ends the base.
+    /// What to do next. The dirty bit of each page was cleared before this returns, so that what the guest writes during or after the copy is dirty
+    /// again.
     ///
     /// # Errors
     /// The dirty log cannot be read.
-    pub fn next_piece(&mut self, machine: &mut dyn Machine) -> Result<Option<Vec<PageNo>>, DirtyError> {
+    pub fn next_step(&mut self, machine: &mut dyn Machine) -> Result<BaseStep, DirtyError> {
+        if !self.wanted.is_empty() {
+            let rest = self.wanted.len().saturating_sub(PIECE_PAGES);
+            return Ok(BaseStep::Send(self.wanted.split_off(rest)));
+        }
+        if self.asks && !self.waiting.is_empty() {
+            return Ok(if self.unanswered < QUESTIONS_MAX { BaseStep::Ask(self.next_run()) } else { BaseStep::Await });
+        }
+        if self.unanswered > 0 {
+            return Ok(BaseStep::Await);
+        }
+        self.asks = false;
         while self.waiting.is_empty() {
             if self.few || self.rounds == ROUNDS_MAX {
-                return Ok(None);
+                return Ok(BaseStep::End);
             }
             self.rounds += 1;
             let dirty = machine.take_dirty()?;
             if mutant::is(Mutant::DirtyClearedAfterCopy) {
                 dirty.retire();
-                return Ok(None);
+                return Ok(BaseStep::End);
             }
             self.few = dirty.len() <= FEW_PAGES;
             self.waiting = dirty.iter().collect();
@@ -64,14 +100,42 @@ impl BaseCopy {
         let rest = self.waiting.len().saturating_sub(PIECE_PAGES);
         let mut piece = self.waiting.split_off(rest);
         piece.reverse();
-        Ok(Some(piece))
+        Ok(BaseStep::Send(piece))
     }
+
+    /// The backup answered a question about pages.
+    pub fn answered(&mut self, answer: &PiecesWanted) {
+        self.unanswered = self.unanswered.saturating_sub(1);
+        let asked = (answer.first..).map(PageNo).zip(&answer.wanted);
+        self.wanted.extend(asked.filter(|(_, wanted)| **wanted).map(|(page, _)| page));
+    }
+
+    /// The next consecutive pages that wait.
+    fn next_run(&mut self) -> Vec<PageNo> {
+        self.unanswered += 1;
+        let mut run: Vec<PageNo> = Vec::with_capacity(PIECE_PAGES);
+        while let Some(page) = self.waiting.last().copied() {
+            if run.len() == PIECE_PAGES || run.last().is_some_and(|last| last.0 + 1 != page.0) {
+                break;
+            }
+            self.waiting.pop();
+            run.push(page);
+        }
+        run
+    }
+}
+
+/// The hashes of staged pages, which are consecutive.
+pub fn hashes_of(staged: &StagedPages) -> PieceHashes {
+    let first = staged.indexes.first().map_or(0, |page| page.0);
+    let hashes = staged.bytes().chunks_exact(PAGE_SIZE).map(piece_hash).collect();
+    PieceHashes { of: Comparable::Memory, first, hashes }
 }
 
 /// Whether to go on, asked between two pieces.
 pub type Interrupted<'a> = dyn FnMut() -> bool + 'a;
 
-/// Sends the base as of the end of `epoch`.
+/// Sends the base as of the end of `epoch`, to a backup of this standing.
 ///
 /// # Errors
 /// As [`crate::epoch::checkpoint`]; [`CheckpointError::LinkLost`] also when `interrupted` said so.
@@ -79,20 +143,37 @@ pub fn send_base(
     machine: &mut dyn Machine,
     parts: &EpochParts,
     link: &Link,
-    epoch: Epoch,
+    (epoch, standing): (Epoch, &Standing),
     interrupted: &mut Interrupted<'_>,
 ) -> Result<(), CheckpointError> {
-    let mut copy = BaseCopy::begin(machine)?;
+    let mut copy = BaseCopy::begin(machine, standing.warm_memory)?;
     failpoint!(BaseBegin => return Err(CheckpointError::LinkLost));
     link.begin_base(epoch)?;
-    while let Some(piece) = copy.next_piece(machine)? {
+    loop {
         if interrupted() {
             return Err(CheckpointError::LinkLost);
         }
-        link.wait_for_room(&parts.arena)?;
-        let staged = parts.arena.stage_pages(machine.ram(), piece.len(), piece.iter().copied())?;
-        failpoint!(BasePages => return Err(CheckpointError::LinkLost));
-        link.base_pages(staged)?;
+        while let Some(answer) = link.next_answer(Duration::ZERO)? {
+            copy.answered(&answer);
+        }
+        let stage = |machine: &dyn Machine, pages: &[PageNo]| {
+            parts.arena.stage_pages(machine.ram(), pages.len(), pages.iter().copied())
+        };
+        match copy.next_step(machine)? {
+            BaseStep::Ask(pages) => link.ask(hashes_of(&stage(machine, &pages)?))?,
+            BaseStep::Send(pages) => {
+                link.wait_for_room(&parts.arena)?;
+                let staged = stage(machine, &pages)?;
+                failpoint!(BasePages => return Err(CheckpointError::LinkLost));
+                link.base_pages(staged)?;
+            }
+            BaseStep::Await => {
+                if let Some(answer) = link.next_answer(ROOM_PATIENCE)? {
+                    copy.answered(&answer);
+                }
+            }
+            BaseStep::End => break,
+        }
     }
     failpoint!(BaseEnd => return Err(CheckpointError::LinkLost));
     checkpoint_base(machine, parts, link, epoch, Afterwards::RunsOn)

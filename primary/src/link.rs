@@ -6,12 +6,13 @@ use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use bytes::Bytes;
-use crossbeam::channel::{Receiver, Sender, TryRecvError, unbounded};
+use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, TryRecvError, unbounded};
 use failover::failpoint;
 use mio::{Events, Interest, Poll, Token, Waker};
-use replication_proto::{Epoch, GoodbyeReason, LinkError, SenderConfig};
+use replication_proto::{DiskChange, Epoch, GoodbyeReason, LinkError, PieceHashes, PiecesWanted, SenderConfig};
 
 use crate::epoch::{CheckpointError, ROOM_PATIENCE, StagedCheckpoint};
 use crate::metrics::Metrics;
@@ -67,6 +68,8 @@ pub enum LinkEnd {
 enum Command {
     BeginBase(Epoch),
     BasePages(StagedPages),
+    Ask(PieceHashes),
+    DiskPiece(DiskChange),
     EndBase(StagedCheckpoint),
     Checkpoint(StagedCheckpoint),
     Inbound { epoch: Epoch, nic: u8, frame: Bytes },
@@ -79,6 +82,7 @@ pub struct Link {
     commands: Sender<Command>,
     waker: Arc<Waker>,
     shared: Arc<Shared>,
+    answers: Receiver<PiecesWanted>,
     limits: LinkLimits,
 }
 
@@ -116,6 +120,7 @@ impl Link {
         let waker = Arc::new(Waker::new(poll.registry(), WAKE)?);
         let (commands, inbox) = unbounded();
         let shared = Arc::new(Shared::default());
+        let (answered, answers) = unbounded();
         let thread = LinkThread {
             socket,
             poll,
@@ -124,11 +129,12 @@ impl Link {
             writing: Bytes::new(),
             closing: false,
             shared: Arc::clone(&shared),
+            answered,
             metrics,
             tell: Box::new(tell),
         };
         let handle = std::thread::Builder::new().name("ft-link".into()).spawn(move || thread.run())?;
-        Ok((Self { commands, waker, shared, limits }, handle))
+        Ok((Self { commands, waker, shared, answers, limits }, handle))
     }
 
     /// Waits until a further checkpoint may be in flight.
@@ -184,6 +190,35 @@ impl Link {
     /// [`CheckpointError::LinkLost`].
     pub fn base_pages(&self, pages: StagedPages) -> Result<(), CheckpointError> {
         self.command(Command::BasePages(pages))
+    }
+
+    /// Asks, within the base, which pieces differ at the backup; the answer is [`Link::next_answer`].
+    ///
+    /// # Errors
+    /// [`CheckpointError::LinkLost`].
+    pub fn ask(&self, hashes: PieceHashes) -> Result<(), CheckpointError> {
+        self.command(Command::Ask(hashes))
+    }
+
+    /// Sends a piece of a disk within the base. A later one, or a later change, counts.
+    ///
+    /// # Errors
+    /// [`CheckpointError::LinkLost`].
+    pub fn disk_piece(&self, piece: DiskChange) -> Result<(), CheckpointError> {
+        self.command(Command::DiskPiece(piece))
+    }
+
+    /// The next answer to what was asked, in the order of the questions. Waits for `patience` at most.
+    ///
+    /// # Errors
+    /// [`CheckpointError::LinkLost`] as soon as the link is gone.
+    pub fn next_answer(&self, patience: Duration) -> Result<Option<PiecesWanted>, CheckpointError> {
+        self.check_open()?;
+        match self.answers.recv_timeout(patience) {
+            Ok(answer) => Ok(Some(answer)),
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            Err(RecvTimeoutError::Disconnected) => Err(CheckpointError::LinkLost),
+        }
     }
 
     /// Ends the base with a checkpoint.
@@ -250,6 +285,8 @@ struct LinkThread {
     writing: Bytes,
     closing: bool,
     shared: Arc<Shared>,
+    /// Answers go to whoever copies the base, and to nobody else.
+    answered: Sender<PiecesWanted>,
     metrics: Arc<Metrics>,
     tell: Box<dyn Fn(LinkEvent) + Send>,
 }
@@ -295,8 +332,12 @@ impl LinkThread {
                 Ok(0) => return Err(LinkEnd::EndOfFile),
                 Ok(n) => {
                     let before = self.stream.in_flight();
-                    let Self { stream, tell, .. } = self;
-                    let handled = stream.handle_bytes(&buffer[..n], |event| tell(LinkEvent::Stream(event)));
+                    let Self { stream, tell, answered, .. } = self;
+                    let handled = stream.handle_bytes(&buffer[..n], |event| match event {
+                        // Nobody copies a base any more if it fails.
+                        StreamEvent::Wanted(answer) => drop(answered.send(answer)),
+                        event => tell(LinkEvent::Stream(event)),
+                    });
                     self.note_freed(before);
                     handled?;
                 }
@@ -345,6 +386,8 @@ impl LinkThread {
         match self.commands.try_recv() {
             Ok(Command::BeginBase(epoch)) => self.stream.begin_base(epoch)?,
             Ok(Command::BasePages(pages)) => self.stream.pages(&pages)?,
+            Ok(Command::Ask(hashes)) => self.stream.hashes(&hashes)?,
+            Ok(Command::DiskPiece(piece)) => self.stream.disk_piece(&piece)?,
             Ok(Command::EndBase(checkpoint)) => self.stream.end(checkpoint)?,
             Ok(Command::Checkpoint(checkpoint)) => {
                 failpoint!(SendBegin => return Err(failpoint::injected().into()));

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
 use failover::{RunPermit, failpoint};
-use replication_proto::Epoch;
+use replication_proto::{Epoch, Standing};
 use vmm::machine::{DirtyError, PauseError, RunError};
 use vmm::{Machine, PausedVm};
 
@@ -35,7 +35,7 @@ pub enum RunnerEvent {
 enum Command {
     Run { permit: RunPermit, done: Sender<Result<(), RunError>> },
     Resume { done: Sender<Result<(), RunError>> },
-    Protect { link: Link, first: Epoch },
+    Protect { link: Link, first: Epoch, standing: Standing },
     Final,
     Unprotect { done: Sender<Epoch> },
     Pause { done: Sender<Result<(), PauseError>> },
@@ -102,9 +102,9 @@ impl Runner {
         self.ask(|done| Command::Resume { done }).unwrap_or_else(|gone| Err(RunError::Ended(gone.to_string())))
     }
 
-    /// Copies the base over `link`, then ends an epoch at each interval. `first` is the base's epoch.
-    pub fn protect(&self, link: Link, first: Epoch) {
-        self.commands.send(Command::Protect { link, first }).ok();
+    /// Copies the base over `link` to a backup of this standing, then ends an epoch at each interval. `first` is the base's epoch.
+    pub fn protect(&self, link: Link, first: Epoch, standing: Standing) {
+        self.commands.send(Command::Protect { link, first, standing }).ok();
     }
 
     /// Ends the running epoch with a checkpoint after which the guest stays stopped.
@@ -185,7 +185,7 @@ impl RunnerThread {
     fn idle(mut self) {
         while let Ok(command) = self.commands.recv() {
             let next = match command {
-                Command::Protect { link, first } => self.protect(&link, first),
+                Command::Protect { link, first, standing } => self.protect(&link, first, &standing),
                 other => self.carry_out(other),
             };
             if matches!(next, Next::ShutDown) {
@@ -218,12 +218,12 @@ impl RunnerThread {
     }
 
     /// The guest runs protected: base, then one checkpoint after another, until a command or a failure ends it.
-    fn protect(&mut self, link: &Link, first: Epoch) -> Next {
+    fn protect(&mut self, link: &Link, first: Epoch, standing: &Standing) -> Next {
         assert!(first > self.last, "epoch {first} begins a base after {}", self.last);
         self.use_epoch(first);
         let commands = self.commands.clone();
         let mut interrupted = || !commands.is_empty();
-        let sent = bulk::send_base(&mut *self.machine, &self.parts, link, first, &mut interrupted);
+        let sent = bulk::send_base(&mut *self.machine, &self.parts, link, (first, standing), &mut interrupted);
         let next = match sent {
             Ok(()) => {
                 (self.tell)(RunnerEvent::BaseSent(first));

@@ -10,7 +10,7 @@ use crossbeam::channel::{Receiver, Sender, never, select};
 use failover::decide::{Action, FenceReason, GuestEnd, LinkLoss};
 use failover::exit::ExitCode;
 use failover::failpoint;
-use replication_proto::{Epoch, Pulse};
+use replication_proto::{Epoch, Pulse, Standing};
 use vmm::MachineEvent;
 
 use crate::dial::{self, Streams};
@@ -61,6 +61,8 @@ struct Connections {
     link: Link,
     thread: JoinHandle<()>,
     pulse: PulseHandle,
+    /// What the backup holds of an earlier life, once it accepted.
+    standing: Standing,
 }
 
 /// The side that runs the guest.
@@ -216,7 +218,7 @@ impl Owner {
                 tell_link.send(OwnerEvent::Link(session, event)).ok();
             },
         )?;
-        Ok(Connections { session, link, thread, pulse })
+        Ok(Connections { session, link, thread, pulse, standing: Standing::default() })
     }
 
     fn on_link(&mut self, session: Session, event: LinkEvent) -> Flow {
@@ -226,6 +228,9 @@ impl Owner {
         match event {
             LinkEvent::Stream(event) => {
                 self.note_stream(&event);
+                if let (StreamEvent::Accepted(_, standing), Some(connections)) = (&event, &mut self.connections) {
+                    connections.standing = standing.clone();
+                }
                 let covers = matches!(event, StreamEvent::Committed(epoch) if self.host.gate.covers_released(epoch));
                 self.tell_course(Event::Stream { session, event, covers })
             }
@@ -318,7 +323,7 @@ impl Owner {
             Order::Dial(session) => return self.dial(session),
             Order::SendBase { session, first } => {
                 if let Some(connections) = self.connections.as_ref().filter(|c| c.session == session) {
-                    self.runner.protect(connections.link.clone(), first);
+                    self.runner.protect(connections.link.clone(), first, connections.standing.clone());
                 }
             }
             Order::Close(session) => self.close(session),

@@ -1,4 +1,4 @@
-//! What a test of the real pair runs in: one machine kind, one pair at a time, a limit in time, and logs when it fails.
+//! What a test of the real pair runs in: one machine kind, one pair on it at a time, a limit in time, and logs when it fails.
 
 use std::fs::File;
 use std::sync::mpsc::{RecvTimeoutError, channel};
@@ -81,9 +81,10 @@ impl Scene {
     }
 }
 
-static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+/// One pair on KVM and one of the model machine at a time: each has wires and files of its own.
+static ONE_AT_A_TIME: [Mutex<()>; 2] = [const { Mutex::new(()) }; 2];
 
-/// Runs one test: alone on this host, bounded in time, with the logs of both sides when it fails.
+/// Runs one test: the only one on its kind of machine on this host, bounded in time, with the logs of both sides when it fails.
 ///
 /// # Panics
 /// When the test fails, or what it needs is not there.
@@ -105,9 +106,13 @@ pub fn play_with(
         return;
     }
     // A test that failed before leaves nothing behind that would matter.
-    let _alone_here = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let own = match machine {
+        MachineKind::Kvm => &ONE_AT_A_TIME[0],
+        MachineKind::Model => &ONE_AT_A_TIME[1],
+    };
+    let _alone_here = own.lock().unwrap_or_else(PoisonError::into_inner);
     // Pairs of other test processes would take the processors away that this one's timers need.
-    let path = std::env::temp_dir().join("ft-pair-tests.lock");
+    let path = std::env::temp_dir().join(format!("ft-pair-tests-{machine}.lock"));
     let lock = File::options().create(true).append(true).open(&path);
     let _alone_on_this_host =
         lock.inspect(|file| flock(file, FlockOperation::LockExclusive).expect("a lock can be waited for"));

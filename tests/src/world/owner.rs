@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use failover::RunPermit;
 use failover::decide::{Action, GuestEnd, Input, LinkLoss};
-use primary::bulk::BaseCopy;
+use primary::bulk::{BaseCopy, BaseStep, hashes_of};
 use primary::epoch::{Afterwards, EpochParts, StagedCheckpoint, stage};
 use primary::host::{EPOCHS_IN_FLIGHT, Flow, wire_goodbye};
 use primary::mirror::Mirror;
@@ -15,8 +15,8 @@ use primary::pacer::Pacer;
 use primary::protect::Session;
 use primary::setup::{facts, ram_layout};
 use primary::stream::{Stream, StreamEvent};
-use replication_proto::{Epoch, SenderConfig};
-use vmm::{Machine, PausedVm};
+use replication_proto::{Epoch, SenderConfig, Standing};
+use vmm::{Machine, PageNo, PausedVm};
 
 use super::Nanos;
 use super::env::{Env, Event};
@@ -51,6 +51,8 @@ struct Link {
     first: Option<Epoch>,
     /// The last epoch that the backup acknowledged here.
     acked: Epoch,
+    /// What the backup holds of an earlier life.
+    standing: Standing,
 }
 
 /// The owner's part of a process.
@@ -154,7 +156,16 @@ impl OwnerPart {
             compress_base: true,
         };
         let stream = Stream::new(config, base.gate.clone(), base.metrics.clone());
-        self.link = Some(Link { session, data, stream, closed: false, beat, first: None, acked: Epoch(0) });
+        self.link = Some(Link {
+            session,
+            data,
+            stream,
+            closed: false,
+            beat,
+            first: None,
+            acked: Epoch(0),
+            standing: Standing::default(),
+        });
         self.transmit(env);
         self.inbox.push_back(Told::Connected(session));
         base.rouse(env);
@@ -180,15 +191,24 @@ impl OwnerPart {
             Packet::Fin => self.close_link(LinkLoss::PeerClosed, base, env),
             Packet::Bytes(bytes) => {
                 let (session, gate, inbox) = (link.session, &base.gate, &mut self.inbox);
-                let Link { stream, acked, .. } = link;
+                let Link { stream, acked, standing, .. } = link;
+                let mut answers = Vec::new();
                 let handled = stream.handle_bytes(bytes, |event| {
                     let mut covers = false;
-                    if let StreamEvent::Committed(epoch) = event {
-                        *acked = epoch;
-                        covers = gate.covers_released(epoch);
+                    match &event {
+                        StreamEvent::Committed(epoch) => {
+                            *acked = *epoch;
+                            covers = gate.covers_released(*epoch);
+                        }
+                        StreamEvent::Accepted(_, told) => *standing = told.clone(),
+                        StreamEvent::Wanted(answer) => return answers.push(answer.clone()),
+                        _ => {}
                     }
                     inbox.push_back(Told::Stream { session, event, covers });
                 });
+                if let Doing::Copying { copy, .. } = &mut self.doing {
+                    answers.iter().for_each(|answer| copy.answered(answer));
+                }
                 base.rouse(env);
                 match handled {
                     Ok(()) => self.transmit(env),
@@ -311,17 +331,18 @@ impl OwnerPart {
     fn copy_piece(&mut self, base: &mut Base, env: &mut Env) {
         let Doing::Copying { session, first, copy } = &mut self.doing else { return };
         let (session, first) = (*session, *first);
-        let piece = copy.next_piece(&mut self.machine).expect("the simulated dirty log can be read");
+        let step = copy.next_step(&mut self.machine).expect("the simulated dirty log can be read");
         let Some(link) = self.link.as_mut().filter(|link| !link.closed && link.session == session) else {
             return self.fail(base, env);
         };
-        let sent = match piece {
-            Some(piece) => {
-                let ram = self.machine.ram();
-                let staged = base.arena.stage_pages(ram, piece.len(), piece.iter().copied()).expect("pages of RAM");
-                link.stream.pages(&staged)
-            }
-            None => match self.take(first, Afterwards::RunsOn, base, env) {
+        let stage = |pages: &[PageNo]| {
+            base.arena.stage_pages(self.machine.ram(), pages.len(), pages.iter().copied()).expect("pages of RAM")
+        };
+        let sent = match step {
+            BaseStep::Ask(pages) => link.stream.hashes(&hashes_of(&stage(&pages))),
+            BaseStep::Send(pages) => link.stream.pages(&stage(&pages)),
+            BaseStep::Await => Ok(()),
+            BaseStep::End => match self.take(first, Afterwards::RunsOn, base, env) {
                 Some(checkpoint) => {
                     let Some(link) = &mut self.link else { return };
                     let sent = link.stream.end(checkpoint);
@@ -449,7 +470,8 @@ impl OwnerPart {
                 let Some(link) = self.link.as_mut().filter(|l| l.session == session && !l.closed) else { return };
                 let begun = link.stream.begin_base(first);
                 link.first = Some(first);
-                let copy = BaseCopy::begin(&mut self.machine).expect("the simulated dirty log can be switched on");
+                let copy = BaseCopy::begin(&mut self.machine, link.standing.warm_memory)
+                    .expect("the simulated dirty log can be switched on");
                 self.doing = Doing::Copying { session, first, copy };
                 if begun.is_err() {
                     return self.fail(base, env);
