@@ -7,7 +7,8 @@ use std::thread::JoinHandle;
 
 use crossbeam::channel::{Receiver, Sender, bounded};
 use failover::failpoint;
-use replication_proto::{Epoch, PieceHashes, PiecesWanted, piece_hash};
+use primary::verify::{Part, VERIFY_SECTION, hash_memory, read_hashes};
+use replication_proto::{Comparable, Epoch, PieceHashes, PiecesWanted, Verified, piece_hash};
 use vmm::{GuestRam, Machine, PAGE_SIZE, PageNo, Section};
 
 use crate::commit::Committed;
@@ -55,6 +56,8 @@ pub enum AppliedNews {
     Bytes(usize),
     /// Which pages differ from what the primary has.
     Compared(Question, PiecesWanted),
+    /// What a comparison of both sides as of the end of this epoch found.
+    Verified(Epoch, Verified),
 }
 
 impl Standby {
@@ -120,15 +123,36 @@ fn apply_all(ram: &GuestRam, jobs: &Receiver<Job>, tell: &impl Fn(AppliedNews)) 
         match job {
             Job::Hollow(batch) => memory.apply_hollow(ram, &batch),
             Job::Compare(question, ask) => tell(AppliedNews::Compared(question, compare(ram, &ask))),
-            Job::Checkpoint(committed) => {
+            Job::Checkpoint(mut committed) => {
                 failpoint!(ApplyBefore);
+                let (epoch, hashes) = (committed.epoch, take_hashes(&mut committed));
                 let bytes = memory.apply(ram, committed);
                 failpoint!(ApplyAfter);
                 tell(AppliedNews::Bytes(bytes));
+                if let Some(found) = hashes.and_then(|hashes| verify(ram, &hashes)) {
+                    tell(AppliedNews::Verified(epoch, found));
+                }
             }
         }
     }
     memory.into_applied()
+}
+
+/// Takes out of a checkpoint what is to be compared once it is applied. It is no part of the machine's state.
+pub fn take_hashes(committed: &mut Committed) -> Option<PieceHashes> {
+    let at = committed.sections.iter().position(|section| section.kind == VERIFY_SECTION)?;
+    let section = committed.sections.remove(at);
+    // Who sends it unreadable waits in vain for the findings.
+    read_hashes(&section).inspect_err(|error| log::warn!("{error}")).ok()
+}
+
+/// Compares memory with the primary's hashes of it, both as of the same epoch. `None` for what is not memory.
+pub fn verify(ram: &GuestRam, hashes: &PieceHashes) -> Option<Verified> {
+    let count = u64::try_from(hashes.hashes.len()).ok()?;
+    let part = Part { of: hashes.of, first: hashes.first, count };
+    hashes.first.checked_add(count)?;
+    let ours = (hashes.of == Comparable::Memory).then(|| hash_memory(ram, part).ok()).flatten()?;
+    Some(primary::verify::compare(hashes, &ours))
 }
 
 /// What the standby's memory holds. Pure but for the memory itself.

@@ -16,6 +16,7 @@ use crate::output::Gate;
 use crate::output::held::{HELD_SECTION, HELD_VERSION, HeldFrames};
 use crate::ram_digest::digest_section;
 use crate::staging::{Arena, StagedPages};
+use crate::verify::{HashError, Verifier};
 
 /// One checkpoint, owned: nothing in it refers to guest memory.
 #[derive(Debug)]
@@ -46,6 +47,8 @@ pub struct EpochParts {
     pub metrics: Arc<Metrics>,
     /// Whether each checkpoint carries a digest of all of RAM.
     pub ram_digest: bool,
+    /// The comparison of both sides that is under way, if any.
+    pub verifier: Arc<Verifier>,
 }
 
 /// What the guest does after a checkpoint.
@@ -78,6 +81,9 @@ pub enum CheckpointError {
     /// The dirty log named a page that is not RAM.
     #[error(transparent)]
     NotRam(#[from] NotRam),
+    /// What was to be compared could not be read.
+    #[error(transparent)]
+    Verify(#[from] HashError),
     /// The guest could not be resumed.
     #[error(transparent)]
     Resume(#[from] RunError),
@@ -186,6 +192,7 @@ pub fn stage(
     if parts.ram_digest {
         sections.push(digest_section(paused.ram())?);
     }
+    sections.extend(parts.verifier.section(epoch, paused.ram())?);
     let stage = staging.elapsed();
     failpoint!(EpochStaged => return Err(RunError::Ended("a failpoint says so".into()).into()));
     // 7. The guest runs on. What follows happens beside it.

@@ -26,6 +26,7 @@ use crate::mirror::Mirror;
 use crate::output::Gate;
 use crate::pulse::SharedVoice;
 use crate::staging::Arena;
+use crate::verify::Verifier;
 
 /// Checkpoints on their way at one time: enough to hide a round trip, few enough that an overload lengthens epochs soon.
 pub const EPOCHS_IN_FLIGHT: usize = 8;
@@ -55,6 +56,8 @@ pub struct Host {
     pub mirror: Arc<Mirror>,
     /// What is measured.
     pub metrics: Arc<Metrics>,
+    /// Both sides compared, when an operator asks.
+    pub verifier: Arc<Verifier>,
     /// What happened when.
     pub events: EventFile,
     /// What heartbeats say.
@@ -106,6 +109,7 @@ impl Host {
             mirror: Arc::clone(&self.mirror),
             metrics: Arc::clone(&self.metrics),
             ram_digest: self.config.epoch.ram_digest,
+            verifier: Arc::clone(&self.verifier),
         }
     }
 

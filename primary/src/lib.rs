@@ -8,6 +8,7 @@
 //! * [`output`]: the gate that holds what the guest says until its epoch is committed
 //! * [`announce`]: the LAN learns where the guest is
 //! * [`mirror`]: inbound frames, told to the backup as they arrive
+//! * [`verify`]: both sides compared, part by part, while the pair is protected
 //! * [`bulk`]: the base, copied while the guest runs
 //! * [`pacer`]: when an epoch ends
 //! * [`runner`]: the thread that owns the machine
@@ -41,3 +42,4 @@ pub mod setup;
 pub mod staging;
 pub mod start;
 pub mod stream;
+pub mod verify;

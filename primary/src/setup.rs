@@ -28,6 +28,7 @@ use crate::output::world::{ConsoleError, HostWorld, open_console};
 use crate::output::{Gate, World};
 use crate::pulse::SharedVoice;
 use crate::staging::Arena;
+use crate::verify::Verifier;
 
 /// Why a process could not start. One line each, with what to do.
 #[derive(Debug, thiserror::Error)]
@@ -236,6 +237,7 @@ pub fn open_host(
         gate: Arc::clone(&built.gate),
         mirror: Arc::clone(&built.mirror),
         metrics: Arc::clone(&built.metrics),
+        verifier: Arc::new(Verifier::new(Vec::new())),
         events,
         voice,
         decider,

@@ -96,6 +96,7 @@ impl Waiter {
                 news.tell(match applied {
                     AppliedNews::Bytes(bytes) => News::Applied(bytes),
                     AppliedNews::Compared(question, answer) => News::Compared(question, answer),
+                    AppliedNews::Verified(epoch, found) => News::Verified(epoch, found),
                 });
             })
             .map_err(failed("the applier's thread"))?;

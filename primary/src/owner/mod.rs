@@ -252,11 +252,8 @@ impl Owner {
             StreamEvent::Accepted(..) => self.host.note_link("up"),
             StreamEvent::Refused { refuse, generation: _ } => self.host.note_refusal(refuse),
             StreamEvent::Goodbye(reason) => log::info!("the backup says goodbye: {reason}"),
-            StreamEvent::Committed(_)
-            | StreamEvent::Heard
-            | StreamEvent::Wanted(_)
-            | StreamEvent::Durable(_)
-            | StreamEvent::Verified(..) => {}
+            StreamEvent::Verified(epoch, found) => self.host.verifier.found(*epoch, found),
+            StreamEvent::Committed(_) | StreamEvent::Heard | StreamEvent::Wanted(_) | StreamEvent::Durable(_) => {}
         }
     }
 

@@ -13,6 +13,7 @@ use primary::mirror::Mirror;
 use primary::output::queue::QueueLimits;
 use primary::output::{Gate, World};
 use primary::staging::Arena;
+use primary::verify::Verifier;
 use replication_proto::{Epoch, Incarnation};
 use vmm::{FramePort, KvmMachine, Machine, MachineIo, PAGE_SIZE, PausedVm, SectionKind, SocketPort};
 
@@ -88,6 +89,7 @@ impl Subject {
             mirror: Arc::new(Mirror::default()),
             metrics,
             ram_digest: false,
+            verifier: Arc::new(Verifier::new(Vec::new())),
         };
         // Long enough for each page of the working set to be written once, whatever the guest's timer adds.
         let round = Duration::from_micros(u64::from(pages) * 1_000_000 / RATE);

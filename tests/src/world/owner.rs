@@ -2,6 +2,7 @@
 //! link's threads this.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::Duration;
 
 use failover::RunPermit;
@@ -15,6 +16,7 @@ use primary::pacer::Pacer;
 use primary::protect::Session;
 use primary::setup::{facts, ram_layout};
 use primary::stream::{Stream, StreamEvent};
+use primary::verify::Verifier;
 use replication_proto::{Epoch, SenderConfig, Standing};
 use vmm::{Machine, PageNo, PausedVm};
 
@@ -79,6 +81,7 @@ impl OwnerPart {
             metrics: base.metrics.clone(),
             // The checkers compare memory themselves.
             ram_digest: false,
+            verifier: Arc::new(Verifier::new(Vec::new())),
         };
         Self {
             course: Course::new(base.retry, last),
