@@ -127,6 +127,17 @@ pub(crate) fn build_guest() -> Result<PathBuf> {
 fn cargo() -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(workspace());
+    // What cargo tells the program that it runs is not for the cargo that this program runs: build scripts of some crates (ring's) look at it, and
+    // everything above them would be built anew each time.
+    for (name, _) in std::env::vars_os() {
+        let ours = name.to_str().is_some_and(|name| {
+            ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_BIN_", "CARGO_CRATE_"].iter().any(|prefix| name.starts_with(prefix))
+                || ["CARGO_PRIMARY_PACKAGE", "OUT_DIR"].contains(&name)
+        });
+        if ours {
+            command.env_remove(name);
+        }
+    }
     command
 }
 
