@@ -6,17 +6,20 @@ use core::convert::Infallible;
 
 use kv::cmdline::{self, Options};
 use kv::resp::OutOfMemory;
-use kv::{Machine, Store};
+use kv::{Database, DiskJob, Machine, Store};
 use smoltcp::iface::{Config, Interface, PollIngressSingleResult, PollResult, SocketSet};
 use smoltcp::time::Instant;
 use smoltcp::wire::{EthernetAddress, HardwareAddress, IpCidr, Ipv4Address};
+use virtio_drivers::transport::{DeviceType, Transport};
 
+use crate::blk::Blk;
 use crate::clock::Clock;
 use crate::console::println;
 use crate::dirty::DirtyLoad;
+use crate::disks::{Disks, MAX_DISKS};
 use crate::net::Net;
 use crate::serve::{self, Connection, Server};
-use crate::{apic, boot, heap, pvh};
+use crate::{apic, boot, heap, pvh, virtio};
 
 /// Frames taken from the device before the requests in them are served.
 pub(crate) const INGRESS_BATCH: usize = 64;
@@ -30,6 +33,7 @@ const POWER_OFF_POLL_NS: u64 = 1_000_000;
 struct Guest {
     clock: Clock,
     dirty: DirtyLoad,
+    disks: Disks,
     counters: Counters,
     connected: usize,
     power_off: bool,
@@ -83,6 +87,14 @@ impl Machine for Guest {
         println(format_args!("guest-kv: crashing, as ordered"));
         boot::crash()
     }
+
+    fn disk(&mut self, session: u64, job: DiskJob) -> Result<(), &'static str> {
+        self.disks.begin(session, job, self.clock.now_ns())
+    }
+
+    fn disks(&self, line: &mut dyn FnMut(&str, u64)) {
+        self.disks.describe(line);
+    }
 }
 
 /// Runs the guest.
@@ -110,38 +122,82 @@ pub(crate) fn run(start_info: u64) -> Result<Infallible, &'static str> {
     }
     apic::init();
     let clock = Clock::calibrate();
-    let mut net = find_net(&options).inspect_err(|_| {
+    let (mut net, disks) = find_devices(&options).inspect_err(|_| {
         println(format_args!("guest-kv: command line {:?}", handover.command_line()));
     })?;
     let interface = configure(&options, &mut net);
+    let disks = Disks::new(disks);
+    let mut guest =
+        Guest { clock, dirty: DirtyLoad::new(), disks, counters: Counters::default(), connected: 0, power_off: false };
+    let database = open_log(&options, &mut guest)?;
     let [a, b, c, d] = options.address;
     let mac = EthernetAddress(net.mac());
     let kind = if net.is_legacy() { "legacy" } else { "modern" };
-    let (mib, mhz) = ((size - buffers) >> 20, clock.tsc_khz() / 1000);
+    let (mib, mhz) = ((size - buffers) >> 20, guest.clock.tsc_khz() / 1000);
     println(format_args!(
-        "guest-kv ready {a}.{b}.{c}.{d}:{} mac {mac} ({kind} virtio-net) heap {mib} MiB tsc {mhz} MHz",
-        options.port
+        "guest-kv ready {a}.{b}.{c}.{d}:{} mac {mac} ({kind} virtio-net) heap {mib} MiB tsc {mhz} MHz{}",
+        options.port,
+        LogLine(&database, &options),
     ));
-    let guest = Guest { clock, dirty: DirtyLoad::new(), counters: Counters::default(), connected: 0, power_off: false };
-    Loop::new(interface, net, guest, &options, memory).run()
+    Loop::new(interface, net, database, guest, &options, memory).run()
 }
 
-/// The first network device of the command line; every device gets its interrupt routed.
+/// What there is to say about the log at the start.
+struct LogLine<'a>(&'a Database, &'a Options);
+
+impl core::fmt::Display for LogLine<'_> {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        let Some(records) = self.0.replayed() else { return f.write_str(" no log") };
+        let (keys, policy) = (self.0.store().len(), self.1.appendfsync.name());
+        write!(f, " log {records} records replayed, {keys} keys, appendfsync {policy}")
+    }
+}
+
+/// The data set: what the log on disk 0 holds, if there is such a disk.
+fn open_log(options: &Options, guest: &mut Guest) -> Result<Database, &'static str> {
+    let store = Store::new(boot::tsc());
+    let mut disks = core::mem::take(&mut guest.disks.disks);
+    let database = match disks.first_mut() {
+        None if options.disk == Some(true) => return Err("disk=on, and there is no disk"),
+        None => Database::in_memory(store),
+        Some(mut disk) => {
+            let read_only = disk.is_read_only();
+            Database::open(store, &mut disk, boot::tsc(), read_only, options.appendfsync, guest).map_err(|error| {
+                println(format_args!("guest-kv: disk 0: {error}"));
+                "no log on the disk (disk=off does without)"
+            })?
+        }
+    };
+    guest.disks.log_end = database.log_end();
+    guest.disks.disks = disks;
+    Ok(database)
+}
+
+/// The first network device of the command line and its disks; every device gets its interrupt routed.
 #[expect(unsafe_code, reason = "touches the registers that the command line names")]
-fn find_net(options: &Options) -> Result<Net, &'static str> {
+fn find_devices(options: &Options) -> Result<(Net, Vec<Blk>), &'static str> {
+    let (mut net, mut disks) = (None, Vec::new());
     for device in options.devices() {
         let Some(address) = u32::try_from(device.address).ok().filter(|_| device.size >= 0x108) else { continue };
         // Routed before the device starts: an edge on an input that is still masked is lost, and a device whose
         // interrupt nobody acknowledged raises no other.
         let routed = boot::set_device(device.irq, address) && apic::route(device.irq);
-        // SAFETY: the VMM says that there are virtio-mmio registers; each device is probed once.
-        let Some(net) = (unsafe { Net::probe(device) }) else { continue };
-        if !routed {
-            return Err("the network device's interrupt is not an input of the first I/O APIC");
+        // SAFETY: the VMM says that there are virtio-mmio registers; each device is looked at once.
+        let Some(transport) = (unsafe { virtio::transport(device) }) else { continue };
+        let kind = transport.device_type();
+        let is_disk = kind == DeviceType::Block && options.disk != Some(false) && disks.len() < MAX_DISKS;
+        let is_net = kind == DeviceType::Network && net.is_none();
+        if (is_disk || is_net) && !routed {
+            return Err("the interrupt of a device is not an input of the first I/O APIC");
         }
-        return net;
+        if is_disk {
+            disks.push(Blk::start(transport)?);
+        } else if is_net {
+            net = Some(Net::start(transport)?);
+        }
     }
-    Err("no network device: the command line names none as virtio_mmio.device=<size>@<address>:<irq>")
+    let none = "no network device: the command line names none as virtio_mmio.device=<size>@<address>:<irq>";
+    Ok((net.ok_or(none)?, disks))
 }
 
 fn configure(options: &Options, net: &mut Net) -> Interface {
@@ -171,11 +227,18 @@ struct Loop {
 }
 
 impl Loop {
-    fn new(interface: Interface, net: Net, guest: Guest, options: &Options, memory: &'static mut [u8]) -> Self {
+    fn new(
+        interface: Interface,
+        net: Net,
+        database: Database,
+        guest: Guest,
+        options: &Options,
+        memory: &'static mut [u8],
+    ) -> Self {
         let mut sockets = SocketSet::new(vec![]);
         let connections = serve::connections(&mut sockets, memory);
         let report = options.counters.map(|seconds| (u64::from(seconds) * 1_000_000_000, 0));
-        let server = Server::new(Store::new(boot::tsc()), guest, options.port);
+        let server = Server::new(database, guest, options.port);
         Self { interface, net, sockets, connections, server, report }
     }
 
@@ -187,7 +250,7 @@ impl Loop {
             if self.round(now) {
                 continue;
             }
-            if self.server.machine.power_off && self.net.is_drained() {
+            if self.server.machine.power_off && self.server.database.settle() && self.net.is_drained() {
                 boot::power_off();
             }
             self.sleep(seen);
@@ -199,7 +262,7 @@ impl Loop {
         let instant = instant(now);
         let guest = &mut self.server.machine;
         guest.counters.rounds += 1;
-        self.server.store.set_now(now / 1_000_000);
+        self.server.database.set_uptime(now / 1_000_000);
         self.interface.poll_maintenance(instant);
         let mut busy = true;
         for _ in 0..INGRESS_BATCH {
@@ -209,7 +272,11 @@ impl Loop {
                 break;
             }
         }
+        busy |= self.work_on_disks(now);
         busy |= self.server.serve(&mut self.connections, &mut self.sockets, instant.total_micros());
+        busy |= self.server.database.work();
+        let guest = &mut self.server.machine;
+        guest.disks.submit(&mut self.server.database, &guest.clock);
         while self.interface.poll_egress(instant, &mut self.net, &mut self.sockets) != PollResult::None {}
         self.net.flush();
         let guest = &mut self.server.machine;
@@ -218,6 +285,15 @@ impl Loop {
         busy |= guest.dirty.work(now);
         self.report_counters(now);
         busy
+    }
+
+    /// Takes what the disks have done, and answers those who wait for it. True if the disks have done something.
+    fn work_on_disks(&mut self, now: u64) -> bool {
+        let Server { database, machine, .. } = &mut self.server;
+        machine.disks.collect(database, &machine.clock);
+        let Some((session, reply)) = machine.disks.answer(now) else { return false };
+        serve::answer(&mut self.connections, session, reply);
+        true
     }
 
     /// Sleeps until there is something to do, unless there is already.
@@ -229,11 +305,13 @@ impl Loop {
         let report = self.report.map(|(_, at)| at);
         // The ring is looked at again if the last reply is still in it: nothing else would wake the guest up.
         let leave = guest.power_off.then(|| now + POWER_OFF_POLL_NS);
-        let deadline = [network, guest.dirty.next(now), report, leave].into_iter().flatten().min();
+        let log = self.server.database.next_deadline().map(|ms| ms.saturating_mul(1_000_000));
+        let deadline = [network, guest.dirty.next(now), report, leave, log].into_iter().flatten().min();
         if deadline.is_some_and(|at| at <= now) && !self.net.is_full() {
             return;
         }
-        if !self.net.enable_interrupts() {
+        let done = guest.disks.enable_interrupts();
+        if !self.net.enable_interrupts() && !done {
             if let Some(at) = deadline.filter(|at| *at > now) {
                 guest.clock.wake_at(at);
             }
@@ -241,6 +319,7 @@ impl Loop {
             boot::wait(seen);
         }
         self.net.disable_interrupts();
+        self.server.machine.disks.disable_interrupts();
     }
 
     fn report_counters(&mut self, now: u64) {
@@ -254,7 +333,7 @@ impl Loop {
             "guest-kv up {} ms, {} requests, {} keys, {received} frames in, {sent} out, {} device and {} timer interrupts",
             now / 1_000_000,
             self.server.requests(),
-            self.server.store.len(),
+            self.server.database.store().len(),
             boot::device_interrupts(),
             boot::timer_interrupts(),
         ));

@@ -1,20 +1,23 @@
 //! The demo guest: a key-value server that is its own operating system. It speaks the Redis protocol over its own
-//! virtio-net driver, at CPL 3, and goes to CPL 0 for interrupts and for sleeping only.
+//! drivers for virtio-net and virtio-blk, at CPL 3, and goes to CPL 0 for interrupts and for sleeping only.
 #![no_std]
 #![no_main]
 
 extern crate alloc;
 
 mod apic;
+mod blk;
 mod boot;
 mod clock;
 mod console;
 mod dirty;
+mod disks;
 mod guest;
 mod heap;
 mod net;
 mod pvh;
 mod serve;
+mod virtio;
 
 /// Entered from boot.s, with the address of the start information.
 #[expect(unsafe_code, reason = "called by name from boot.s")]

@@ -4,20 +4,17 @@
 //! once for a batch of frames and interrupts only when the guest is about to sleep.
 #![expect(unsafe_code, reason = "memory shared with a device")]
 
-use alloc::alloc::{alloc_zeroed, dealloc};
 use alloc::boxed::Box;
 use alloc::vec::Vec;
-use core::alloc::Layout;
-use core::ptr::{NonNull, with_exposed_provenance_mut};
 use core::sync::atomic::{Ordering, fence};
 
-use kv::cmdline::MmioDevice;
 use smoltcp::phy::{Device, DeviceCapabilities, Medium, RxToken, TxToken};
 use smoltcp::time::Instant;
 use virtio_drivers::queue::VirtQueue;
+use virtio_drivers::transport::Transport;
 use virtio_drivers::transport::mmio::MmioTransport;
-use virtio_drivers::transport::{DeviceStatus, DeviceType, Transport};
-use virtio_drivers::{BufferDirection, Hal, PhysAddr};
+
+use crate::virtio::{self, Identity};
 
 const RX: u16 = 0;
 const TX: u16 = 1;
@@ -27,44 +24,8 @@ const REFILL_KICK: usize = QUEUE / 4;
 const BUFFER: usize = 2048;
 const FRAME: usize = 1514;
 const FEATURE_MAC: u64 = 1 << 5;
-const FEATURE_ANY_LAYOUT: u64 = 1 << 27;
-const FEATURE_VERSION_1: u64 = 1 << 32;
 /// Used if the device has no address: locally administered.
 const DEFAULT_MAC: [u8; 6] = [0x02, 0x46, 0x54, 0, 0, 1];
-
-struct Identity;
-
-/// Memory for virtio-drivers: physical addresses are virtual addresses.
-// SAFETY: the memory is that of the global allocator, zeroed, aligned to pages and exclusive; all of it is mapped onto
-// itself, so that sharing needs nothing.
-unsafe impl Hal for Identity {
-    fn dma_alloc(pages: usize, _: BufferDirection) -> (PhysAddr, NonNull<u8>) {
-        let Ok(layout) = Layout::from_size_align(pages * 4096, 4096) else { return (0, NonNull::dangling()) };
-        // SAFETY: no caller asks for zero pages.
-        match NonNull::new(unsafe { alloc_zeroed(layout) }) {
-            Some(memory) => (memory.as_ptr().expose_provenance() as PhysAddr, memory),
-            None => (0, NonNull::dangling()),
-        }
-    }
-
-    unsafe fn dma_dealloc(_: PhysAddr, memory: NonNull<u8>, pages: usize) -> i32 {
-        let Ok(layout) = Layout::from_size_align(pages * 4096, 4096) else { return -1 };
-        // SAFETY: the caller got it from `dma_alloc`, which used this layout.
-        unsafe { dealloc(memory.as_ptr(), layout) };
-        0
-    }
-
-    unsafe fn mmio_phys_to_virt(address: PhysAddr, _: usize) -> NonNull<u8> {
-        let address = usize::try_from(address).unwrap_or(0);
-        NonNull::new(with_exposed_provenance_mut(address)).unwrap_or(NonNull::dangling())
-    }
-
-    unsafe fn share(buffer: NonNull<[u8]>, _: BufferDirection) -> PhysAddr {
-        buffer.cast::<u8>().as_ptr().expose_provenance() as PhysAddr
-    }
-
-    unsafe fn unshare(_: PhysAddr, _: NonNull<[u8]>, _: BufferDirection) {}
-}
 
 /// A buffer for a frame and the header before it.
 #[repr(C, align(2048))]
@@ -164,36 +125,13 @@ pub(crate) struct Net {
 }
 
 impl Net {
-    /// Looks at a device: `None` if it is not a network device.
+    /// Starts a network device.
     ///
     /// # Errors
-    /// It is one, but cannot be used.
-    ///
-    /// # Safety
-    /// There are virtio-mmio registers at this address, which nobody else uses.
-    pub(crate) unsafe fn probe(device: MmioDevice) -> Option<Result<Self, &'static str>> {
-        let (address, size) = (usize::try_from(device.address).ok()?, usize::try_from(device.size).ok()?);
-        let registers = NonNull::new(with_exposed_provenance_mut(address))?;
-        // SAFETY: the caller's promise.
-        let transport = unsafe { MmioTransport::new(registers, size) }.ok()?;
-        (transport.device_type() == DeviceType::Network).then(|| Self::start(transport))
-    }
-
-    fn start(mut transport: MmioTransport<'static>) -> Result<Self, &'static str> {
-        transport.set_status(DeviceStatus::empty());
-        transport.set_status(DeviceStatus::ACKNOWLEDGE | DeviceStatus::DRIVER);
+    /// It cannot be used.
+    pub(crate) fn start(mut transport: MmioTransport<'static>) -> Result<Self, &'static str> {
+        let offered = virtio::negotiate(&mut transport, FEATURE_MAC)?;
         let legacy = transport.requires_legacy_layout();
-        let offered = transport.read_device_features();
-        let wanted = FEATURE_MAC | if legacy { FEATURE_ANY_LAYOUT } else { FEATURE_VERSION_1 };
-        if !legacy && offered & FEATURE_VERSION_1 == 0 {
-            return Err("a modern device without VIRTIO_F_VERSION_1");
-        }
-        transport.write_driver_features(offered & wanted);
-        transport.set_status(DeviceStatus::ACKNOWLEDGE | DeviceStatus::DRIVER | DeviceStatus::FEATURES_OK);
-        if !legacy && !transport.get_status().contains(DeviceStatus::FEATURES_OK) {
-            return Err("the device refused the features");
-        }
-        transport.set_guest_page_size(4096);
         let mut mac = DEFAULT_MAC;
         if offered & FEATURE_MAC != 0 {
             for (offset, byte) in mac.iter_mut().enumerate() {

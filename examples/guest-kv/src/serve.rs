@@ -1,8 +1,11 @@
 //! Connections: bytes from smoltcp's sockets to requests, replies back.
 
+use alloc::collections::VecDeque;
 use alloc::vec::Vec;
+use core::ops::Range;
 
-use kv::{Args, Machine, Out, Outcome, Parsed, Session, Store, execute, parse};
+use kv::database::{Fate, IO_ERROR};
+use kv::{Args, Database, Machine, Out, Outcome, Parsed, Ran, Session, parse};
 use smoltcp::iface::{SocketHandle, SocketSet};
 use smoltcp::socket::tcp::{Socket, SocketBuffer, State};
 use smoltcp::time::Duration;
@@ -27,13 +30,33 @@ const EVICTABLE: i64 = 60_000_000;
 
 /// What all connections share.
 pub(crate) struct Server<M> {
-    pub(crate) store: Store,
+    pub(crate) database: Database,
     pub(crate) machine: M,
     args: Args,
     out: Out,
+    /// Replies in `out` that wait.
+    held: VecDeque<Held>,
     next_id: u64,
     requests: u64,
     port: u16,
+}
+
+/// A reply that must not leave before the log is durable up to a ticket, and where it lies in the output.
+struct Held {
+    bytes: Range<usize>,
+    until: u64,
+}
+
+/// What the input of a connection may have.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+enum Rest {
+    /// No whole request.
+    #[default]
+    Part,
+    /// Whole requests: enough was done for now.
+    More,
+    /// A whole request that the log has no room for yet.
+    Stalled,
 }
 
 /// One socket, and the connection on it if there is one.
@@ -44,9 +67,13 @@ pub(crate) struct Connection {
     input: Vec<u8>,
     /// No request ends before so many bytes.
     needed: usize,
-    /// Replies that the socket had no room for, and how much of them it has taken since.
+    rest: Rest,
+    /// Replies that the socket had no room for, or that wait, and how much of them it has taken since.
     output: Vec<u8>,
     sent: usize,
+    held: VecDeque<Held>,
+    /// The reply to the last request comes later.
+    waiting: bool,
     closing: bool,
     last_active: i64,
 }
@@ -56,14 +83,50 @@ impl Connection {
         self.session = None;
         self.input = Vec::new();
         self.needed = 0;
+        self.rest = Rest::Part;
         self.output = Vec::new();
         self.sent = 0;
+        self.held = VecDeque::new();
+        self.waiting = false;
         self.closing = false;
     }
 
+    /// How much of the output may leave.
+    fn released(&mut self, database: &Database) -> usize {
+        while let Some(Held { bytes, until }) = self.held.front() {
+            match database.fate(*until) {
+                Fate::Waits => return bytes.start,
+                Fate::Leaves => {}
+                Fate::Failed => {
+                    let bytes = bytes.clone();
+                    self.replace(bytes);
+                }
+            }
+            self.held.pop_front();
+        }
+        self.output.len()
+    }
+
+    /// Puts an error in the place of a reply.
+    fn replace(&mut self, bytes: Range<usize>) {
+        let more = IO_ERROR.len().saturating_sub(bytes.len());
+        let less = bytes.len().saturating_sub(IO_ERROR.len());
+        if self.output.try_reserve(more).is_err() {
+            self.output.truncate(bytes.start);
+            self.held.clear();
+            self.closing = true;
+            return;
+        }
+        self.output.splice(bytes, IO_ERROR.iter().copied());
+        for held in &mut self.held {
+            held.bytes = held.bytes.start + more - less..held.bytes.end + more - less;
+        }
+    }
+
     /// Hands replies to the socket. True if none are left.
-    fn send_rest(&mut self, socket: &mut Socket<'_>) -> bool {
-        if let Some(rest) = self.output.get(self.sent..).filter(|rest| !rest.is_empty()) {
+    fn send_rest(&mut self, socket: &mut Socket<'_>, database: &Database) -> bool {
+        let released = self.released(database);
+        if let Some(rest) = self.output.get(self.sent..released).filter(|rest| !rest.is_empty()) {
             self.sent += socket.send_slice(rest).unwrap_or(0);
         }
         if self.sent < self.output.len() {
@@ -88,8 +151,11 @@ pub(crate) fn connections(sockets: &mut SocketSet<'static>, memory: &'static mut
             session: None,
             input: Vec::new(),
             needed: 0,
+            rest: Rest::Part,
             output: Vec::new(),
             sent: 0,
+            held: VecDeque::new(),
+            waiting: false,
             closing: false,
             last_active: 0,
         });
@@ -102,9 +168,26 @@ pub(crate) fn connected(connections: &[Connection]) -> usize {
     connections.iter().filter(|connection| connection.session.is_some()).count()
 }
 
+/// Gives the reply that a connection waits for; it may be gone.
+pub(crate) fn answer(connections: &mut [Connection], session: u64, reply: Vec<u8>) {
+    let waits = |connection: &&mut Connection| {
+        connection.waiting && connection.session.as_ref().is_some_and(|known| known.id == session)
+    };
+    let Some(connection) = connections.iter_mut().find(waits) else { return };
+    connection.waiting = false;
+    if connection.output.is_empty() {
+        connection.output = reply;
+    } else if connection.output.try_reserve(reply.len()).is_ok() {
+        connection.output.extend_from_slice(&reply);
+    } else {
+        connection.closing = true;
+    }
+}
+
 impl<M: Machine> Server<M> {
-    pub(crate) fn new(store: Store, machine: M, port: u16) -> Self {
-        Self { store, machine, args: Args::new(), out: Out::new(), next_id: 1, requests: 0, port }
+    pub(crate) fn new(database: Database, machine: M, port: u16) -> Self {
+        let (args, out, held) = (Args::new(), Out::new(), VecDeque::new());
+        Self { database, machine, args, out, held, next_id: 1, requests: 0, port }
     }
 
     /// Requests carried out so far.
@@ -165,13 +248,17 @@ impl<M: Machine> Server<M> {
             socket.set_timeout(None);
         }
         let mut busy = false;
-        if connection.send_rest(socket) && !connection.closing && socket.can_recv() {
+        let sent = connection.send_rest(socket, &self.database);
+        let more = |connection: &Connection, socket: &Socket<'_>| socket.can_recv() || connection.rest != Rest::Part;
+        if sent && !connection.closing && !connection.waiting && more(connection, socket) {
             connection.last_active = now;
             self.receive(connection, socket);
-            busy = socket.can_recv() && connection.output.is_empty() && !connection.closing;
+            // What is stalled is tried again when the disk has done something.
+            let idle = connection.waiting || connection.closing || connection.rest == Rest::Stalled;
+            busy = more(connection, socket) && connection.output.is_empty() && !idle;
         }
-        let finished = connection.closing || (socket.state() == State::CloseWait && !socket.can_recv());
-        if finished && connection.output.is_empty() {
+        let over = socket.state() == State::CloseWait && !more(connection, socket) && !connection.waiting;
+        if (connection.closing || over) && connection.output.is_empty() {
             socket.set_timeout(Some(HANDSHAKE));
             socket.close();
         }
@@ -188,19 +275,12 @@ impl<M: Machine> Server<M> {
             });
             let Ok(progress) = result else { return };
             self.send(connection, socket, &progress);
-            // More requests than one batch: what is left may well be whole, and stays where it is.
-            if connection.closing || progress.full {
+            // What is left may well be whole, and stays where it is.
+            if connection.closing || connection.waiting || connection.rest != Rest::Part {
                 return;
             }
         }
-        let moved = socket.recv(|bytes| {
-            let fits = connection.input.try_reserve(bytes.len()).is_ok();
-            if fits {
-                connection.input.extend_from_slice(bytes);
-            }
-            (bytes.len(), fits)
-        });
-        if moved == Ok(false) {
+        if socket.can_recv() && !self.move_input(connection, socket) {
             self.out.error("OOM request does not fit in memory");
             self.send(connection, socket, &Progress { close: true, ..Progress::default() });
             return;
@@ -220,21 +300,43 @@ impl<M: Machine> Server<M> {
         self.send(connection, socket, &progress);
     }
 
+    /// Moves what the socket has received to the connection. False if it does not fit in memory.
+    fn move_input(&self, connection: &mut Connection, socket: &mut Socket<'_>) -> bool {
+        let moved = socket.recv(|bytes| {
+            let fits = connection.input.try_reserve(bytes.len()).is_ok();
+            if fits {
+                connection.input.extend_from_slice(bytes);
+            }
+            (bytes.len(), fits)
+        });
+        moved != Ok(false)
+    }
+
     /// Carries out the requests at the start of `bytes`.
     fn requests_in(&mut self, bytes: &[u8], session: &Session) -> Progress {
         let mut progress = Progress::default();
         while let Some(rest) = bytes.get(progress.used..).filter(|rest| !rest.is_empty()) {
             if self.out.bytes().len() >= BATCH {
-                progress.full = true;
+                progress.rest = Rest::More;
                 break;
             }
             match parse(rest, &mut self.args) {
                 Ok(Parsed::Request(length)) => {
+                    let start = self.out.bytes().len();
+                    let Ran { outcome, until } =
+                        self.database.run(&mut self.machine, session, rest, &self.args, &mut self.out);
+                    if outcome == Outcome::Stall {
+                        progress.rest = Rest::Stalled;
+                        break;
+                    }
                     self.requests += 1;
-                    let (store, machine) = (&mut self.store, &mut self.machine);
-                    let outcome = execute(store, machine, session, rest, &self.args, &mut self.out);
                     progress.used += length;
-                    progress.close = outcome == Outcome::Close || self.out.failed();
+                    let held = self.hold(start, until);
+                    progress.close = outcome == Outcome::Close || self.out.failed() || !held;
+                    if outcome == Outcome::Wait {
+                        (progress.waits, progress.rest) = (true, Rest::More);
+                        break;
+                    }
                 }
                 Ok(Parsed::NeedsBytes(needed)) => {
                     progress.needed = needed;
@@ -254,8 +356,32 @@ impl<M: Machine> Server<M> {
         progress
     }
 
+    /// Notes that the reply from `start` on waits, if it does. False if there is no memory for that.
+    fn hold(&mut self, start: usize, until: u64) -> bool {
+        if self.database.fate(until) == Fate::Leaves {
+            return true;
+        }
+        if self.held.try_reserve(1).is_err() {
+            // The reply must not leave, and those before it cannot be told apart from it any more.
+            self.held.clear();
+            self.out.take();
+            return false;
+        }
+        self.held.push_back(Held { bytes: start..self.out.bytes().len(), until });
+        true
+    }
+
     /// Sends the replies, or as much as the socket takes; the rest waits in the connection.
     fn send(&mut self, connection: &mut Connection, socket: &mut Socket<'_>, progress: &Progress) {
+        connection.rest = progress.rest;
+        connection.waiting = progress.waits;
+        if !self.held.is_empty() {
+            connection.closing |= progress.close;
+            connection.held = core::mem::take(&mut self.held);
+            connection.output = self.out.take();
+            connection.send_rest(socket, &self.database);
+            return;
+        }
         let taken = socket.send_slice(self.out.bytes()).unwrap_or(0);
         connection.closing |= progress.close;
         if taken < self.out.bytes().len() {
@@ -274,15 +400,19 @@ struct Progress {
     used: usize,
     /// The rest holds no whole request before it has so many bytes.
     needed: usize,
-    /// There may be whole requests in the rest: enough was done for now.
-    full: bool,
+    /// What is left.
+    rest: Rest,
+    /// The reply to the last request comes later.
+    waits: bool,
     /// The connection is to be closed.
     close: bool,
 }
 
 /// Nobody can connect: the connection that was silent for longest has to go, if that is long.
 fn make_room(connections: &[Connection], sockets: &mut SocketSet<'_>, now: i64) {
-    let silent = |connection: &&Connection| connection.session.is_some() && now - connection.last_active > EVICTABLE;
+    let silent = |connection: &&Connection| {
+        connection.session.is_some() && !connection.waiting && now - connection.last_active > EVICTABLE
+    };
     let candidate = connections.iter().filter(silent).min_by_key(|connection| connection.last_active);
     if let Some(handle) = candidate.map(|connection| connection.handle) {
         sockets.get_mut::<Socket<'_>>(handle).abort();

@@ -1,6 +1,8 @@
 //! The kernel command line: `ip=10.77.0.10/24 gw=10.77.0.1 port=6379 virtio_mmio.device=512@0xfeb00e00:12`.
 //! Words that are not known are ignored, as kernels do.
 
+use crate::database::AppendFsync;
+
 /// Most virtio-mmio devices that are looked at.
 pub const MAX_DEVICES: usize = 16;
 
@@ -30,6 +32,10 @@ pub struct Options {
     pub heap: Option<u64>,
     /// Seconds between two lines of counters on the console.
     pub counters: Option<u32>,
+    /// Whether disks are used; `None`: if there are any.
+    pub disk: Option<bool>,
+    /// When changes are flushed to the log.
+    pub appendfsync: AppendFsync,
     devices: [Option<MmioDevice>; MAX_DEVICES],
 }
 
@@ -49,6 +55,8 @@ impl Default for Options {
             port: 6379,
             heap: None,
             counters: None,
+            disk: None,
+            appendfsync: AppendFsync::EverySecond,
             devices: [None; MAX_DEVICES],
         }
     }
@@ -82,6 +90,17 @@ pub fn parse(line: &str) -> Result<Options, BadWord<'_>> {
             "port" => options.port = value.parse().ok().filter(|port| *port != 0).ok_or(bad)?,
             "heap" => options.heap = Some(size(value).ok_or(bad)?),
             "counters" => options.counters = Some(value.parse().ok().filter(|seconds| *seconds != 0).ok_or(bad)?),
+            "disk" => {
+                options.disk = Some(match value {
+                    "on" => true,
+                    "off" => false,
+                    _ => return Err(bad),
+                });
+            }
+            "appendfsync" => {
+                let policies = [AppendFsync::Always, AppendFsync::EverySecond, AppendFsync::Never];
+                options.appendfsync = policies.into_iter().find(|policy| policy.name() == value).ok_or(bad)?;
+            }
             "virtio_mmio.device" => {
                 *options.devices.get_mut(devices).ok_or(bad)? = Some(device(value).ok_or(bad)?);
                 devices += 1;
@@ -118,7 +137,7 @@ fn number(text: &str) -> Option<u64> {
 }
 
 /// A number of bytes with an optional suffix: `4K`, `16MiB`, `1G`.
-fn size(text: &str) -> Option<u64> {
+pub(crate) fn size(text: &str) -> Option<u64> {
     let bare = text.strip_suffix("iB").unwrap_or(text);
     // `0x20c` ends in no unit, so that only K, M and G, which are no digits, are looked for.
     let shift = match bare.bytes().last()? {
@@ -138,12 +157,13 @@ mod tests {
 
     #[test]
     fn a_full_line() {
-        let line = "console=ttyS0 quiet ip=10.0.0.2/16 gw=10.0.0.1 port=7000 heap=48MiB counters=5 \
+        let line = "console=ttyS0 quiet ip=10.0.0.2/16 gw=10.0.0.1 port=7000 heap=48MiB counters=5 disk=off appendfsync=always \
                     virtio_mmio.device=512@0xfeb00e00:12 virtio_mmio.device=4K@0xd0000000:5:1";
         let options = parse(line).unwrap();
         assert_eq!((options.address, options.prefix), ([10, 0, 0, 2], 16));
         assert_eq!((options.gateway, options.port), (Some([10, 0, 0, 1]), 7000));
         assert_eq!((options.heap, options.counters), (Some(48 << 20), Some(5)));
+        assert_eq!((options.disk, options.appendfsync), (Some(false), AppendFsync::Always));
         let devices: Vec<_> = options.devices().collect();
         assert_eq!(devices[0], MmioDevice { address: 0xfeb0_0e00, size: 512, irq: 12 });
         assert_eq!(devices[1], MmioDevice { address: 0xd000_0000, size: 4096, irq: 5 });
@@ -171,6 +191,8 @@ mod tests {
             "heap=1T",
             "heap=17179869184G",
             "counters=0",
+            "disk=maybe",
+            "appendfsync=sometimes",
             "virtio_mmio.device=512",
             "virtio_mmio.device=512@0x1:5",
             "virtio_mmio.device=512@0xfffffffffffffffc:5",

@@ -1,5 +1,8 @@
 //! From a parsed request to a reply: the table of commands.
 
+use crate::database::{IO_ERROR, Keeper};
+use crate::disk::{self, DiskJob};
+use crate::log::Room;
 use crate::resp::{Args, Out, OutOfMemory, parse_integer};
 use crate::store::{Store, Value};
 use crate::{keys, lists, own, server, strings};
@@ -23,6 +26,13 @@ pub trait Machine {
     fn power_off(&mut self);
     /// Crashes the machine at once.
     fn crash(&mut self);
+    /// Begins work on the disks, the reply to which goes to this session when it is done.
+    ///
+    /// # Errors
+    /// Why it cannot; the reply says it.
+    fn disk(&mut self, session: u64, job: DiskJob) -> Result<(), &'static str>;
+    /// Says what disks there are, as [`Self::counters`] does.
+    fn disks(&self, line: &mut dyn FnMut(&str, u64));
 }
 
 /// What belongs to one connection.
@@ -39,6 +49,25 @@ pub enum Outcome {
     Continue,
     /// It is closed once the replies are sent.
     Close,
+    /// Nothing has been done: the request has to be run again when the log has more room.
+    Stall,
+    /// The reply comes later, and before it none of the requests that follow.
+    Wait,
+}
+
+/// What running a request came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ran {
+    /// What becomes of the connection.
+    pub outcome: Outcome,
+    /// The reply must not leave before the log is durable up to this ticket.
+    pub until: u64,
+}
+
+impl From<Outcome> for Ran {
+    fn from(outcome: Outcome) -> Self {
+        Self { outcome, until: 0 }
+    }
 }
 
 /// Why a command failed; the reply says it.
@@ -53,6 +82,8 @@ pub(crate) enum Failure {
     OutOfMemory,
     InvalidExpire,
     TooLong,
+    Io,
+    LogFull,
     Text(&'static str),
 }
 
@@ -71,6 +102,11 @@ impl Failure {
                 out.raw(b"' command\r\n");
                 return;
             }
+            Self::Io => {
+                out.raw(IO_ERROR);
+                return;
+            }
+            Self::LogFull => "ENOSPC the log is full: delete something, or use a larger disk",
             Self::Syntax => "ERR syntax error",
             Self::WrongType => "WRONGTYPE Operation against a key holding the wrong kind of value",
             Self::NotInteger => "ERR value is not an integer or out of range",
@@ -90,6 +126,13 @@ pub(crate) struct Call<'a> {
     pub(crate) machine: &'a mut dyn Machine,
     pub(crate) session: &'a Session,
     pub(crate) out: &'a mut Out,
+    pub(crate) keeper: Option<&'a mut Keeper>,
+    /// The reply must not leave before the log is durable up to this ticket.
+    pub(crate) until: u64,
+    /// The reply comes later.
+    pub(crate) waits: bool,
+    /// So many arguments of the command, the name included, have changed the store; 0 if none has.
+    applied: usize,
     buffer: &'a [u8],
     args: &'a Args,
 }
@@ -124,6 +167,16 @@ impl<'a> Call<'a> {
     pub(crate) fn ok(&mut self) {
         self.out.raw(b"+OK\r\n");
     }
+
+    /// The command has changed the store.
+    pub(crate) fn changed(&mut self) {
+        self.applied = self.len();
+    }
+
+    /// A command that consists of the first `count` arguments would have changed the store as it has been by now.
+    pub(crate) fn changed_by(&mut self, count: usize) {
+        self.applied = count;
+    }
 }
 
 pub(crate) type Done = Result<(), Failure>;
@@ -133,62 +186,84 @@ pub(crate) struct Command {
     /// The fewest and the most arguments, the name included.
     arity: (usize, usize),
     run: fn(&mut Call<'_>) -> Done,
+    effect: Effect,
+}
+
+/// What a command may do to the store.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Effect {
+    Reads,
+    Changes,
+    /// Changes it, and it does not become larger.
+    Shrinks,
 }
 
 const ANY: usize = usize::MAX;
 
 const fn command(name: &'static str, arity: (usize, usize), run: fn(&mut Call<'_>) -> Done) -> Command {
-    Command { name, arity, run }
+    Command { name, arity, run, effect: Effect::Reads }
+}
+
+impl Command {
+    const fn changes(self) -> Self {
+        Self { effect: Effect::Changes, ..self }
+    }
+
+    const fn shrinks(self) -> Self {
+        Self { effect: Effect::Shrinks, ..self }
+    }
 }
 
 /// All commands but QUIT, which is about the connection. In the order of the alphabet: looked up by binary search.
 pub(crate) static COMMANDS: &[Command] = &[
-    command("APPEND", (3, 3), strings::append),
+    command("APPEND", (3, 3), strings::append).changes(),
     command("CLIENT", (2, ANY), server::client),
     command("COMMAND", (1, ANY), server::command),
     command("CONFIG", (2, ANY), server::config),
     command("DBSIZE", (1, 1), keys::dbsize),
-    command("DECR", (2, 2), strings::decr),
-    command("DECRBY", (3, 3), strings::decrby),
-    command("DEL", (2, ANY), keys::del),
+    command("DECR", (2, 2), strings::decr).changes(),
+    command("DECRBY", (3, 3), strings::decrby).changes(),
+    command("DEL", (2, ANY), keys::del).shrinks(),
     command("ECHO", (2, 2), server::echo),
     command("EXISTS", (2, ANY), keys::exists),
-    command("EXPIRE", (3, 3), keys::expire),
-    command("FLUSHALL", (1, 2), keys::flush),
-    command("FLUSHDB", (1, 2), keys::flush),
+    command("EXPIRE", (3, 3), keys::expire).shrinks(),
+    command("FLUSHALL", (1, 2), keys::flush).shrinks(),
+    command("FLUSHDB", (1, 2), keys::flush).shrinks(),
     command("FT.COUNTERS", (1, 1), own::counters),
     command("FT.CRASH", (1, 1), own::crash),
     command("FT.DIGEST", (1, 1), own::digest),
     command("FT.DIRTY", (2, 3), own::dirty),
+    command("FT.DISK", (2, 6), disk::disk),
+    command("FT.FSYNC", (1, 1), disk::fsync),
     command("FT.POWEROFF", (1, 1), own::power_off),
     command("FT.UPTIME", (1, 1), own::uptime),
     command("GET", (2, 2), strings::get),
-    command("GETDEL", (2, 2), strings::getdel),
-    command("GETSET", (3, 3), strings::getset),
-    command("INCR", (2, 2), strings::incr),
-    command("INCRBY", (3, 3), strings::incrby),
+    command("GETDEL", (2, 2), strings::getdel).shrinks(),
+    command("GETSET", (3, 3), strings::getset).changes(),
+    command("INCR", (2, 2), strings::incr).changes(),
+    command("INCRBY", (3, 3), strings::incrby).changes(),
     command("INFO", (1, ANY), server::info),
     command("KEYS", (2, 2), keys::keys),
     command("LINDEX", (3, 3), lists::lindex),
     command("LLEN", (2, 2), lists::llen),
-    command("LPOP", (2, 3), lists::lpop),
-    command("LPUSH", (3, ANY), lists::lpush),
+    command("LPOP", (2, 3), lists::lpop).shrinks(),
+    command("LPUSH", (3, ANY), lists::lpush).changes(),
     command("LRANGE", (4, 4), lists::lrange),
     command("MGET", (2, ANY), strings::mget),
-    command("MSET", (3, ANY), strings::mset),
-    command("PERSIST", (2, 2), keys::persist),
-    command("PEXPIRE", (3, 3), keys::pexpire),
+    command("MSET", (3, ANY), strings::mset).changes(),
+    command("PERSIST", (2, 2), keys::persist).shrinks(),
+    command("PEXPIRE", (3, 3), keys::pexpire).shrinks(),
     command("PING", (1, 2), server::ping),
     command("PTTL", (2, 2), keys::pttl),
-    command("RPOP", (2, 3), lists::rpop),
-    command("RPUSH", (3, ANY), lists::rpush),
+    command("RPOP", (2, 3), lists::rpop).shrinks(),
+    command("RPUSH", (3, ANY), lists::rpush).changes(),
     command("SELECT", (2, 2), server::select),
-    command("SET", (3, ANY), strings::set),
-    command("SETNX", (3, 3), strings::setnx),
+    command("SET", (3, ANY), strings::set).changes(),
+    command("SETNX", (3, 3), strings::setnx).changes(),
     command("STRLEN", (2, 2), strings::strlen),
     command("TTL", (2, 2), keys::ttl),
     command("TYPE", (2, 2), keys::kind),
-    command("UNLINK", (2, ANY), keys::del),
+    command("UNLINK", (2, ANY), keys::del).shrinks(),
 ];
 
 /// The longest name in the table, in bytes.
@@ -203,7 +278,7 @@ fn find(name: &[u8]) -> Option<&'static Command> {
     COMMANDS.get(index)
 }
 
-/// Carries out one request, whose arguments lie in `buffer`, and appends the reply to `out`.
+/// Carries out one request, whose arguments lie in `buffer`, on a store without a log, and appends the reply to `out`.
 pub fn execute(
     store: &mut Store,
     machine: &mut dyn Machine,
@@ -212,28 +287,73 @@ pub fn execute(
     args: &Args,
     out: &mut Out,
 ) -> Outcome {
+    run(store, None, machine, session, buffer, args, out).outcome
+}
+
+/// Carries out one request, and logs what it changes.
+pub(crate) fn run(
+    store: &mut Store,
+    mut keeper: Option<&mut Keeper>,
+    machine: &mut dyn Machine,
+    session: &Session,
+    buffer: &[u8],
+    args: &Args,
+    out: &mut Out,
+) -> Ran {
     let name = args.get(buffer, 0);
     if args.is_empty() {
-        return Outcome::Continue;
+        return Outcome::Continue.into();
     }
     if name.eq_ignore_ascii_case(b"QUIT") {
         out.simple("OK");
-        return Outcome::Close;
+        return Outcome::Close.into();
     }
     let Some(command) = find(name) else {
         unknown(name, out);
-        return Outcome::Continue;
+        return Outcome::Continue.into();
     };
-    let mut call = Call { store, machine, session, out, buffer, args };
-    let done = if (command.arity.0..=command.arity.1).contains(&args.len()) {
-        (command.run)(&mut call)
-    } else {
-        Err(Failure::Arity)
-    };
+    if !(command.arity.0..=command.arity.1).contains(&args.len()) {
+        Failure::Arity.reply(command.name, out);
+        return Outcome::Continue.into();
+    }
+    let now = store.now();
+    if command.effect != Effect::Reads
+        && let Some(keeper) = &mut keeper
+    {
+        match admit(keeper, command, args, now) {
+            Ok(true) => {}
+            Ok(false) => return Outcome::Stall.into(),
+            Err(failure) => {
+                failure.reply(command.name, out);
+                return Outcome::Continue.into();
+            }
+        }
+    }
+    let keeper_of_call = keeper.as_deref_mut();
+    let mut call =
+        Call { store, machine, session, out, keeper: keeper_of_call, until: 0, waits: false, applied: 0, buffer, args };
+    let done = (command.run)(&mut call);
+    let Call { applied, mut until, waits, .. } = call;
     if let Err(failure) = done {
         failure.reply(command.name, out);
     }
-    Outcome::Continue
+    if let Some(keeper) = keeper.filter(|_| applied > 0) {
+        debug_assert!(command.effect != Effect::Reads, "{} said that it does not change anything", command.name);
+        until = keeper.append(now, buffer, args, applied);
+    }
+    Ran { outcome: if waits { Outcome::Wait } else { Outcome::Continue }, until }
+}
+
+/// Whether a command that changes something may run: false if it has to wait.
+fn admit(keeper: &mut Keeper, command: &Command, args: &Args, now: u64) -> Result<bool, Failure> {
+    match keeper.log.room(args.written_length(), command.effect == Effect::Shrinks, now) {
+        Room::Ready => Ok(true),
+        Room::Wait => Ok(false),
+        Room::Full => Err(Failure::LogFull),
+        Room::TooLong => Err(Failure::Text("ERR the command does not fit in the log")),
+        Room::Failed => Err(Failure::Io),
+        Room::OutOfMemory => Err(Failure::OutOfMemory),
+    }
 }
 
 /// Clients that try a newer protocol first (HELLO) expect exactly this error from servers that are older.
@@ -255,6 +375,7 @@ pub(crate) mod tests {
         pub(crate) dirty: Option<(u64, Option<u64>)>,
         pub(crate) off: bool,
         pub(crate) crashed: bool,
+        pub(crate) job: Option<DiskJob>,
     }
 
     impl Machine for FakeMachine {
@@ -282,6 +403,13 @@ pub(crate) mod tests {
         }
         fn crash(&mut self) {
             self.crashed = true;
+        }
+        fn disk(&mut self, _: u64, job: DiskJob) -> Result<(), &'static str> {
+            self.job = Some(job);
+            Ok(())
+        }
+        fn disks(&self, line: &mut dyn FnMut(&str, u64)) {
+            line("disks", 0);
         }
     }
 

@@ -12,6 +12,9 @@ pub(crate) fn flush(call: &mut Call<'_>) -> Done {
     if call.len() == 2 && !call.is(1, "SYNC") && !call.is(1, "ASYNC") {
         return Err(Failure::Syntax);
     }
+    if !call.store.is_empty() {
+        call.changed();
+    }
     call.store.clear();
     call.ok();
     Ok(())
@@ -19,6 +22,9 @@ pub(crate) fn flush(call: &mut Call<'_>) -> Done {
 
 pub(crate) fn del(call: &mut Call<'_>) -> Done {
     let removed = (1..call.len()).filter(|index| call.store.remove(call.arg(*index)).is_some()).count();
+    if removed > 0 {
+        call.changed();
+    }
     call.out.count(removed);
     Ok(())
 }
@@ -63,6 +69,9 @@ fn set_expiry(call: &mut Call<'_>, unit: u64) -> Done {
     // A deadline in the past deletes the key.
     let at = if amount <= 0 { call.store.now() } else { deadline(call.store.now(), amount, unit)? };
     let found = call.store.entry(key).map(|entry| entry.expires = Some(at)).is_some();
+    if found {
+        call.changed();
+    }
     call.out.integer(i64::from(found));
     Ok(())
 }
@@ -77,6 +86,9 @@ pub(crate) fn pexpire(call: &mut Call<'_>) -> Done {
 
 pub(crate) fn persist(call: &mut Call<'_>) -> Done {
     let had = call.store.entry(call.arg(1)).is_some_and(|entry| entry.expires.take().is_some());
+    if had {
+        call.changed();
+    }
     call.out.integer(i64::from(had));
     Ok(())
 }

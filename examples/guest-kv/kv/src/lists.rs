@@ -42,6 +42,7 @@ fn push_all(call: &mut Call<'_>, front: bool) -> Done {
         } else {
             list.push_back(item);
         }
+        call.changed_by(index + 1);
     }
     Ok(())
 }
@@ -86,6 +87,9 @@ fn pop(call: &mut Call<'_>, front: bool) -> Done {
     }
     if list.is_empty() {
         call.store.remove(key);
+    }
+    if count > 0 {
+        call.changed();
     }
     Ok(())
 }

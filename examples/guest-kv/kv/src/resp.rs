@@ -100,6 +100,29 @@ impl Args {
         self.spans.get(index).and_then(|&(start, end)| buffer.get(start..end)).unwrap_or_default()
     }
 
+    /// Bytes of [`Self::write`] for all arguments, or a few more.
+    pub(crate) fn written_length(&self) -> usize {
+        let each = |(start, end): &(usize, usize)| end - start + MAX_NUMBER + 5;
+        self.spans.iter().map(each).sum::<usize>() + MAX_NUMBER + 3
+    }
+
+    /// Appends the first `count` arguments as a request; there is room for it.
+    pub(crate) fn write(&self, buffer: &[u8], count: usize, out: &mut Vec<u8>) {
+        let count = count.min(self.len());
+        let head = |out: &mut Vec<u8>, kind: u8, value: usize| {
+            out.push(kind);
+            out.extend_from_slice(Decimal::new(i64::try_from(value).unwrap_or(i64::MAX)).as_bytes());
+            out.extend_from_slice(b"\r\n");
+        };
+        head(out, b'*', count);
+        for index in 0..count {
+            let argument = self.get(buffer, index);
+            head(out, b'$', argument.len());
+            out.extend_from_slice(argument);
+            out.extend_from_slice(b"\r\n");
+        }
+    }
+
     fn clear(&mut self) {
         if self.spans.capacity() > ARGS_KEPT {
             self.spans = Vec::new();

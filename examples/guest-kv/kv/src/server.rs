@@ -28,16 +28,19 @@ pub(crate) fn select(call: &mut Call<'_>) -> Done {
 
 /// Settings that redis-benchmark and others ask for; they cannot be changed.
 const SETTINGS: &[(&str, &str)] =
-    &[("appendonly", "no"), ("databases", "1"), ("maxmemory", "0"), ("proto-max-bulk-len", "8388608"), ("save", "")];
+    &[("databases", "1"), ("maxmemory", "0"), ("proto-max-bulk-len", "8388608"), ("save", "")];
 
 pub(crate) fn config(call: &mut Call<'_>) -> Done {
     if !call.is(1, "GET") {
         return Err(Failure::Text("ERR settings cannot be changed: only CONFIG GET is supported"));
     }
+    let policy = call.keeper.as_ref().map(|keeper| keeper.policy.name());
+    let logged = [("appendfsync", policy.unwrap_or("no")), ("appendonly", if policy.is_some() { "yes" } else { "no" })];
+    let settings = logged.iter().chain(SETTINGS);
     let asked = |call: &Call<'_>, name: &str| (2..call.len()).any(|at| call.arg(at) == b"*" || call.is(at, name));
-    let count = SETTINGS.iter().filter(|(name, _)| asked(call, name)).count();
+    let count = settings.clone().filter(|(name, _)| asked(call, name)).count();
     call.out.array(2 * count);
-    for (name, value) in SETTINGS {
+    for (name, value) in settings {
         if asked(call, name) {
             call.out.bulk(name.as_bytes());
             call.out.bulk(value.as_bytes());

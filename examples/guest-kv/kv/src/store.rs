@@ -150,8 +150,12 @@ impl Store {
         entry.alive(self.now).then_some(entry.value)
     }
 
+    pub(crate) fn entries(&self) -> impl Iterator<Item = (&[u8], &Entry)> {
+        self.map.iter().filter(|(_, entry)| entry.alive(self.now)).map(|(key, entry)| (&**key, entry))
+    }
+
     pub(crate) fn keys(&self) -> impl Iterator<Item = &[u8]> {
-        self.map.iter().filter(|(_, entry)| entry.alive(self.now)).map(|(key, _)| &**key)
+        self.entries().map(|(key, _)| key)
     }
 
     /// A hash of all keys and values, whatever their order in memory; deadlines are not part of it.
@@ -164,8 +168,7 @@ impl Store {
                 Value::List(list) => list.iter().fold(name ^ 2, |hash, item| xxh3_64_with_seed(item, hash)),
             }
         };
-        let alive = self.map.iter().filter(|(_, entry)| entry.alive(self.now));
-        alive.map(|(key, entry)| one((&**key, entry))).fold(0, u64::wrapping_add)
+        self.entries().map(one).fold(0, u64::wrapping_add)
     }
 }
 

@@ -16,12 +16,15 @@ fn put(call: &mut Call<'_>, key: &[u8], bytes: &[u8], expires: Option<u64>) -> R
         value.clear();
         value.extend_from_slice(bytes);
         entry.expires = expires;
+        call.changed();
         return Ok(());
     }
     let mut value = Vec::new();
     value.try_reserve_exact(bytes.len()).map_err(|_| OutOfMemory)?;
     value.extend_from_slice(bytes);
-    call.store.insert(key, Value::Bytes(value), expires)
+    call.store.insert(key, Value::Bytes(value), expires)?;
+    call.changed();
+    Ok(())
 }
 
 /// The instant that is `amount` units of `unit` milliseconds from now.
@@ -114,7 +117,9 @@ pub(crate) fn get(call: &mut Call<'_>) -> Done {
 pub(crate) fn getdel(call: &mut Call<'_>) -> Done {
     let key = call.arg(1);
     get(call)?;
-    call.store.remove(key);
+    if call.store.remove(key).is_some() {
+        call.changed();
+    }
     Ok(())
 }
 
@@ -141,7 +146,9 @@ pub(crate) fn append(call: &mut Call<'_>) -> Done {
             }
             bytes.try_reserve(more.len()).map_err(|_| OutOfMemory)?;
             bytes.extend_from_slice(more);
-            bytes.len()
+            let length = bytes.len();
+            call.changed();
+            length
         }
         None => {
             put(call, key, more, None)?;
@@ -208,7 +215,11 @@ pub(crate) fn mset(call: &mut Call<'_>) -> Done {
     }
     for index in (1..call.len()).step_by(2) {
         let (key, bytes) = (call.arg(index), call.arg(index + 1));
-        put(call, key, bytes, None)?;
+        if let Err(error) = put(call, key, bytes, None) {
+            // The pairs before this one are in the store, and in the log as a shorter command.
+            call.changed_by(if index > 1 { index } else { 0 });
+            return Err(error.into());
+        }
     }
     call.ok();
     Ok(())
