@@ -32,6 +32,12 @@ impl kv::Machine for FakeMachine {
     }
     fn power_off(&mut self) {}
     fn crash(&mut self) {}
+    fn disk(&mut self, _: u64, _: kv::DiskJob) -> Result<(), &'static str> {
+        Err("ERR there is no disk")
+    }
+    fn disks(&self, line: &mut dyn FnMut(&str, u64)) {
+        line("disks", 0);
+    }
 }
 
 /// Target `resp`: what a client sends to the demo guest, in pieces.
