@@ -14,6 +14,7 @@ use vmm::machine::{RestoreError, RunError};
 use vmm::{ClockPolicy, Machine, Section, SectionKind};
 
 use crate::commit::Holding;
+use crate::disk::{DiskKeeper, SinkError};
 use crate::inbound::Inbound;
 use crate::link::LinkThread;
 use crate::silent::SilentTaps;
@@ -25,6 +26,8 @@ pub struct Waiting {
     pub link: LinkThread,
     /// Committed checkpoints on their way into memory.
     pub applier: ApplierThread,
+    /// Committed changes on their way into the disks.
+    pub disks: DiskKeeper,
     /// The machine.
     pub standby: Standby,
     /// Inbound frames that nobody has answered yet.
@@ -54,6 +57,9 @@ pub enum ActivateError {
     /// The committed state is not one that this machine can run from.
     #[error("the committed state cannot be restored")]
     Restore(#[from] RestoreError),
+    /// The disks do not hold what was committed.
+    #[error("the committed changes of the disks cannot be applied: {0}")]
+    Disks(#[from] SinkError),
     /// Memory is not what it was on the primary.
     #[error("the standby's memory is not that of the committed checkpoint")]
     Memory(#[from] RamDigestError),
@@ -79,7 +85,7 @@ pub fn activate(
     tell: impl Fn(RunnerEvent) + Send + 'static,
 ) -> Result<Activated, ActivateError> {
     let began = Instant::now();
-    let Waiting { link, applier, standby, taps } = waiting;
+    let Waiting { link, applier, disks, standby, taps } = waiting;
     failpoint!(TakeoverGranted => return Err(failpoint::injected().into()));
     // 1. No acknowledgement leaves from here on; the incomplete epoch is dropped.
     let (holding, inbound) = link.close();
@@ -87,6 +93,12 @@ pub fn activate(
     // 2. Every committed checkpoint is in memory.
     let mut applied = applier.finish().ok_or(ActivateError::Hollow)?;
     let epoch = applied.epoch;
+    // … and in the images, behind the journal. What the guest changes first waits until that is retired, which begins now, beside.
+    if let Some(retire) = disks.finish()? {
+        assert_eq!(retire.point().epoch, epoch, "memory and disks are of one epoch");
+        host.disks.before_first_change(move || retire.run());
+        host.disks.prepare_in_background()?;
+    }
     failpoint!(TakeoverApplied => return Err(failpoint::injected().into()));
     let digest = take_section(&mut applied.sections, RAM_DIGEST_SECTION);
     let ram_digest = digest.map(|digest| ram_digest::compare(&digest, standby.machine().ram())).transpose()?;

@@ -33,6 +33,8 @@ pub enum IntakeEvent {
     Goodbye(Identity, GoodbyeReason),
     /// The data connection is gone.
     Closed(LinkEnd),
+    /// What was committed is lost with a disk, and why: there is nothing to run from any more.
+    Spoilt(String),
     /// For the applier: pages of a base that is not committed.
     ApplyHollow(PageBatch),
     /// For the disks: a piece of a base that is not committed.
@@ -79,6 +81,8 @@ struct Connection {
     peer: Option<Identity>,
     /// The epoch of its base, once that has begun.
     base: Option<Epoch>,
+    /// The last epoch that was told to be on stable storage.
+    durable: Epoch,
     /// Questions that are not answered, in order, and answers that came before those in front of them.
     questions: VecDeque<(Question, Option<PiecesWanted>)>,
 }
@@ -146,7 +150,8 @@ impl Intake {
         }
         self.last_words.clear();
         let protocol = Receiver::new(self.config.clone());
-        self.connection = Some(Connection { protocol, peer: None, base: None, questions: VecDeque::new() });
+        self.connection =
+            Some(Connection { protocol, peer: None, base: None, durable: Epoch(0), questions: VecDeque::new() });
     }
 
     /// What the next primary is told of the disks.
@@ -225,16 +230,18 @@ impl Intake {
         Ok(())
     }
 
-    /// Every change of a disk up to `epoch` is on stable storage: acknowledgements may be due.
+    /// As far as disks are concerned, epochs up to `ackable` may be acknowledged, and a power cut leaves those up to `durable`.
     ///
     /// # Errors
     /// The connection is over.
-    pub fn durable(&mut self, epoch: Epoch) -> Result<(), LinkEnd> {
-        self.commits.durable(epoch);
+    pub fn stable(&mut self, ackable: Epoch, durable: Epoch) -> Result<(), LinkEnd> {
+        self.commits.durable(ackable);
         if let Some(connection) = &mut self.connection
-            && connection.base.is_some_and(|base| epoch >= base)
+            && connection.base.is_some_and(|base| durable >= base)
+            && durable > connection.durable
         {
-            connection.protocol.durable(epoch)?;
+            connection.durable = durable;
+            connection.protocol.durable(durable)?;
         }
         self.acknowledge()
     }
@@ -252,13 +259,16 @@ impl Intake {
         }
     }
 
-    /// A disk failed: what is committed cannot be kept, and nothing more is.
+    /// A disk failed: nothing more is committed until the next base. `lost`: what is committed cannot be kept, either.
     ///
     /// # Errors
-    /// Always: the connection is over.
-    pub fn disk_failed(&mut self, why: String) -> Result<(), LinkEnd> {
-        self.commits.spoilt();
-        Err(LinkEnd::Disk(why))
+    /// Always: the connection, if there is one, is over.
+    pub fn disk_failed(&mut self, why: String, lost: bool) -> Result<(), LinkEnd> {
+        if lost {
+            self.commits.spoilt();
+            self.events.push_back(IntakeEvent::Spoilt(why.clone()));
+        }
+        if self.connection.is_some() { Err(LinkEnd::Disk(why)) } else { Ok(()) }
     }
 
     /// The next bytes to send, in this order and all of them; after [`Intake::end`], the last words on the connection that ended.

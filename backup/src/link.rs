@@ -23,7 +23,7 @@ use crate::commit::Holding;
 use crate::disk::DiskKeeper;
 use crate::inbound::Inbound;
 use crate::intake::{Intake, IntakeEvent, LinkEnd, Question};
-use crate::standby::Applier;
+use crate::standby::{Applier, take_disk_hashes};
 
 const LISTENER: Token = Token(0);
 const WAKE: Token = Token(1);
@@ -52,14 +52,24 @@ pub enum News {
     Applied(usize),
     /// The answer to a question of the primary's.
     Compared(Question, PiecesWanted),
-    /// Every change of a disk up to this epoch is on stable storage.
-    Durable(Epoch),
+    /// As far as disks are concerned, epochs up to one may be acknowledged, and up to another a power cut leaves them.
+    Stable {
+        /// May be acknowledged.
+        ackable: Epoch,
+        /// On stable storage.
+        durable: Epoch,
+    },
     /// A comparison of both sides as of the end of this epoch is done.
     Verified(Epoch, Verified),
     /// What the next primary is to be told of this side's disks.
     Standing(Vec<DiskStanding>),
-    /// A disk failed, and why.
-    DiskFailed(String),
+    /// A disk failed.
+    DiskFailed {
+        /// Which file, and what the host said.
+        why: String,
+        /// A committed change is lost.
+        lost: bool,
+    },
 }
 
 /// What the link thread shares with the rest of the process.
@@ -345,10 +355,10 @@ impl Server {
             match news {
                 News::Applied(bytes) => self.intake.applied(bytes)?,
                 News::Compared(question, answer) => self.intake.compared(question, answer)?,
-                News::Durable(epoch) => self.intake.durable(epoch)?,
+                News::Stable { ackable, durable } => self.intake.stable(ackable, durable)?,
                 News::Verified(epoch, found) => self.intake.verified(epoch, &found)?,
                 News::Standing(disks) => self.intake.set_standing(disks),
-                News::DiskFailed(why) => self.intake.disk_failed(why)?,
+                News::DiskFailed { why, lost } => self.intake.disk_failed(why, lost)?,
             }
         }
         for _ in 0..READS_AT_ONCE {
@@ -395,6 +405,9 @@ impl Server {
                 IntakeEvent::Apply(mut committed, point) => {
                     let changes = std::mem::take(&mut committed.disk);
                     self.disks.apply(point, committed.kind, changes);
+                    if let Some(hashes) = take_disk_hashes(&mut committed) {
+                        self.disks.verify(point.epoch, hashes);
+                    }
                     self.applier.apply(committed);
                 }
                 IntakeEvent::BaseBegun(peer) => {
@@ -428,6 +441,7 @@ impl Server {
             log::info!("data connection {}: {end}", data.token.0);
         }
         self.intake.end(end);
+        self.disks.tell_standing();
         // The last word, if there is one, goes out as far as the socket takes it.
         self.transmit().ok();
         if let Some(mut data) = self.data.take() {

@@ -48,5 +48,5 @@ fn run(args: &Args) -> Result<failover::exit::ExitCode, SetupError> {
     let built = build_machine(&config, &process)?;
     let role = if args.may_boot { Role::Primary } else { Role::Backup };
     let host = open_host(config, process, role, false, &built)?;
-    Ok(Waiter::start(host, Standby::new(built.machine), built.ports)?.run())
+    Ok(Waiter::start(host, Standby::new(built.machine), built.ports, built.waiting_disks)?.run())
 }

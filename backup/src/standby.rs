@@ -146,6 +146,13 @@ pub fn take_hashes(committed: &mut Committed) -> Option<PieceHashes> {
     read_hashes(&section).inspect_err(|error| log::warn!("{error}")).ok()
 }
 
+/// The same, if it is about a disk.
+pub fn take_disk_hashes(committed: &mut Committed) -> Option<PieceHashes> {
+    let section = committed.sections.iter().find(|section| section.kind == VERIFY_SECTION)?;
+    read_hashes(section).ok().filter(|hashes| hashes.of != Comparable::Memory)?;
+    take_hashes(committed)
+}
+
 /// Compares memory with the primary's hashes of it, both as of the same epoch. `None` for what is not memory.
 pub fn verify(ram: &GuestRam, hashes: &PieceHashes) -> Option<Verified> {
     let count = u64::try_from(hashes.hashes.len()).ok()?;

@@ -9,6 +9,7 @@ use replication_proto::{Comparable, Epoch, PieceHashes, PiecesWanted, Standing, 
 use vmm::machine::DirtyError;
 use vmm::{Machine, PAGE_SIZE, PageNo};
 
+use crate::disk::{BlockSet, DiskCopy, DiskStep, OwnerDisks, differing};
 use crate::epoch::{Afterwards, CheckpointError, EpochParts, ROOM_PATIENCE, checkpoint_base};
 use crate::link::Link;
 use crate::staging::StagedPages;
@@ -132,6 +133,12 @@ pub fn hashes_of(staged: &StagedPages) -> PieceHashes {
     PieceHashes { of: Comparable::Memory, first, hashes }
 }
 
+/// The blocks of each disk that differ, or may.
+fn blocks_to_look_at(disks: &OwnerDisks, standing: &Standing) -> Vec<BlockSet> {
+    let ours = disks.dirty();
+    ours.iter().zip(&standing.disks).map(|((base, bits), theirs)| differing((*base, bits), theirs)).collect()
+}
+
 /// Whether to go on, asked between two pieces.
 pub type Interrupted<'a> = dyn FnMut() -> bool + 'a;
 
@@ -146,35 +153,105 @@ pub fn send_base(
     (epoch, standing): (Epoch, &Standing),
     interrupted: &mut Interrupted<'_>,
 ) -> Result<(), CheckpointError> {
-    let mut copy = BaseCopy::begin(machine, standing.warm_memory)?;
+    if !parts.disks.still_ours().map_err(CheckpointError::DiskRead)? {
+        return Err(CheckpointError::SharedDisk);
+    }
+    // From here on every change of a disk is noted, and every page that is written.
+    parts.disks.begin_log(epoch);
+    let mut disks = DiskCopy::begin(&*parts.disks, &blocks_to_look_at(&parts.disks, standing));
     failpoint!(BaseBegin => return Err(CheckpointError::LinkLost));
     link.begin_base(epoch)?;
-    loop {
-        if interrupted() {
-            return Err(CheckpointError::LinkLost);
-        }
-        while let Some(answer) = link.next_answer(Duration::ZERO)? {
-            copy.answered(&answer);
-        }
-        let stage = |machine: &dyn Machine, pages: &[PageNo]| {
-            parts.arena.stage_pages(machine.ram(), pages.len(), pages.iter().copied())
-        };
-        match copy.next_step(machine)? {
-            BaseStep::Ask(pages) => link.ask(hashes_of(&stage(machine, &pages)?))?,
-            BaseStep::Send(pages) => {
-                link.wait_for_room(&parts.arena)?;
-                let staged = stage(machine, &pages)?;
-                failpoint!(BasePages => return Err(CheckpointError::LinkLost));
-                link.base_pages(staged)?;
-            }
-            BaseStep::Await => {
-                if let Some(answer) = link.next_answer(ROOM_PATIENCE)? {
-                    copy.answered(&answer);
-                }
-            }
-            BaseStep::End => break,
-        }
-    }
+    let mut session = Session { parts, link, interrupted };
+    // Disks first: memory changes faster, so its last round shall be short.
+    session.send_disks(&mut disks, None, false)?;
+    let mut memory = BaseCopy::begin(machine, standing.warm_memory)?;
+    session.send_memory(machine, &mut memory, &mut disks)?;
+    session.send_disks(&mut disks, Some(&mut memory), true)?;
+    parts.disks.cover(epoch);
     failpoint!(BaseEnd => return Err(CheckpointError::LinkLost));
     checkpoint_base(machine, parts, link, epoch, Afterwards::RunsOn)
+}
+
+/// A base under way.
+struct Session<'a> {
+    parts: &'a EpochParts,
+    link: &'a Link,
+    interrupted: &'a mut Interrupted<'a>,
+}
+
+impl Session<'_> {
+    fn check(&mut self) -> Result<(), CheckpointError> {
+        if (self.interrupted)() { Err(CheckpointError::LinkLost) } else { Ok(()) }
+    }
+
+    /// Sends memory until what is left goes with the checkpoint.
+    fn send_memory(
+        &mut self,
+        machine: &mut dyn Machine,
+        memory: &mut BaseCopy,
+        disks: &mut DiskCopy,
+    ) -> Result<(), CheckpointError> {
+        loop {
+            self.check()?;
+            disks.note_changes(&*self.parts.disks);
+            self.take_answers(Duration::ZERO, Some(memory), disks)?;
+            let stage = |machine: &dyn Machine, pages: &[PageNo]| {
+                self.parts.arena.stage_pages(machine.ram(), pages.len(), pages.iter().copied())
+            };
+            match memory.next_step(machine)? {
+                BaseStep::Ask(pages) => self.link.ask(hashes_of(&stage(machine, &pages)?))?,
+                BaseStep::Send(pages) => {
+                    self.link.wait_for_room(&self.parts.arena)?;
+                    let staged = stage(machine, &pages)?;
+                    failpoint!(BasePages => return Err(CheckpointError::LinkLost));
+                    self.link.base_pages(staged)?;
+                }
+                BaseStep::Await => self.take_answers(ROOM_PATIENCE, Some(memory), disks)?,
+                BaseStep::End => return Ok(()),
+            }
+        }
+    }
+
+    /// Sends disks until few blocks are left, or, to `finish`, until what is left goes with the checkpoint.
+    fn send_disks(
+        &mut self,
+        disks: &mut DiskCopy,
+        mut memory: Option<&mut BaseCopy>,
+        finish: bool,
+    ) -> Result<(), CheckpointError> {
+        loop {
+            self.check()?;
+            if let Some(failure) = self.parts.disks.take_failure() {
+                return Err(failure.into());
+            }
+            self.take_answers(Duration::ZERO, memory.as_deref_mut(), disks)?;
+            match disks.next_step(&*self.parts.disks, finish).map_err(CheckpointError::DiskRead)? {
+                DiskStep::Ask(ask) => self.link.ask(ask)?,
+                DiskStep::Send(pieces) => {
+                    for piece in pieces {
+                        self.link.disk_piece(piece)?;
+                    }
+                }
+                DiskStep::Await => self.take_answers(ROOM_PATIENCE, memory.as_deref_mut(), disks)?,
+                DiskStep::Few | DiskStep::End => return Ok(()),
+            }
+        }
+    }
+
+    fn take_answers(
+        &self,
+        mut patience: Duration,
+        mut memory: Option<&mut BaseCopy>,
+        disks: &mut DiskCopy,
+    ) -> Result<(), CheckpointError> {
+        while let Some(answer) = self.link.next_answer(patience)? {
+            match (answer.of, &mut memory) {
+                (Comparable::Memory, Some(memory)) => memory.answered(&answer),
+                (Comparable::Memory, None) => log::warn!("an answer about memory that nobody asked for"),
+                (Comparable::Disk(disk), _) => disks.answered(disk, &answer),
+            }
+            patience = Duration::ZERO;
+        }
+        Ok(())
+    }
 }

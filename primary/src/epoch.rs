@@ -9,6 +9,7 @@ use vmm::machine::{CaptureError, DirtyError, Machine, PauseError, RunError};
 use vmm::memory::NotRam;
 use vmm::{DirtySet, PauseTimings, PausedVm, Section};
 
+use crate::disk::{DiskFailure, OwnerDisks};
 use crate::link::Link;
 use crate::metrics::Metrics;
 use crate::mirror::Mirror;
@@ -49,6 +50,8 @@ pub struct EpochParts {
     pub ram_digest: bool,
     /// The comparison of both sides that is under way, if any.
     pub verifier: Arc<Verifier>,
+    /// The machine's disks.
+    pub disks: Arc<OwnerDisks>,
 }
 
 /// What the guest does after a checkpoint.
@@ -81,6 +84,15 @@ pub enum CheckpointError {
     /// The dirty log named a page that is not RAM.
     #[error(transparent)]
     NotRam(#[from] NotRam),
+    /// A disk of this side failed: the backup's may differ from it.
+    #[error(transparent)]
+    Disk(#[from] DiskFailure),
+    /// A disk could not be read to be sent.
+    #[error("a disk cannot be read to be sent: {0}")]
+    DiskRead(std::io::Error),
+    /// Somebody else opened the same image.
+    #[error("another process opened the same disk image: each side needs one of its own")]
+    SharedDisk,
     /// What was to be compared could not be read.
     #[error(transparent)]
     Verify(#[from] HashError),
@@ -138,11 +150,14 @@ fn take(
     epoch: Epoch,
     afterwards: Afterwards,
 ) -> Result<StagedCheckpoint, CheckpointError> {
-    // 1. The epoch may end only while what is in flight is within its limits.
+    // 1. The epoch may end only while what is in flight is within its limits, and while the disks' record is whole.
+    if let Some(failure) = parts.disks.take_failure() {
+        return Err(failure.into());
+    }
     link.wait_for_room(&parts.arena)?;
     let (staged, pause) = stage(machine, parts, epoch, afterwards)?;
     parts.metrics.paused(&pause, staged.pages.len());
-    link.check_size(epoch, &staged.pages)?;
+    link.check_size(epoch, staged.pages.bytes().len() + staged.disk.weight())?;
     Ok(staged)
 }
 
@@ -179,7 +194,7 @@ pub fn stage(
     let held = parts.gate.seal(epoch).ok_or(CheckpointError::Fenced)?;
     let seal = sealing.elapsed();
     failpoint!(EpochSealed => return Err(CaptureError::Host { what: "state".into(), source: failpoint::injected() }.into()));
-    let disk = DiskChanges::default();
+    let disk = parts.disks.seal(epoch);
     // 4. Machine state. May itself write guest memory, so it comes before the dirty set.
     let mut sections = paused.capture()?;
     failpoint!(EpochCaptured => return Err(DirtyError { call: "none", source: failpoint::injected() }.into()));

@@ -18,6 +18,7 @@ use crate::announce::announce;
 use crate::clock::Clock;
 use crate::decider::{Decider, voice};
 use crate::desk::{Desk, Scene};
+use crate::disk::DiskSet;
 use crate::epoch::EpochParts;
 use crate::events::{Event, EventFile, monotonic_us};
 use crate::link::LinkLimits;
@@ -56,6 +57,8 @@ pub struct Host {
     pub mirror: Arc<Mirror>,
     /// What is measured.
     pub metrics: Arc<Metrics>,
+    /// The machine's disks.
+    pub disks: DiskSet,
     /// Both sides compared, when an operator asks.
     pub verifier: Arc<Verifier>,
     /// What happened when.
@@ -110,6 +113,7 @@ impl Host {
             metrics: Arc::clone(&self.metrics),
             ram_digest: self.config.epoch.ram_digest,
             verifier: Arc::clone(&self.verifier),
+            disks: Arc::clone(&self.disks.owner),
         }
     }
 
@@ -138,7 +142,7 @@ impl Host {
         SenderConfig {
             identity: self.identity(),
             ram: self.ram.clone(),
-            disks: Vec::new(),
+            disks: self.disks.owner.sizes(),
             facts: self.facts.clone(),
             // One more than the runner lets be on its way, because the base counts too.
             max_in_flight: EPOCHS_IN_FLIGHT + 1,

@@ -29,6 +29,8 @@ const READ_BUFFER_BYTES: usize = 64 << 10;
 const UNACKNOWLEDGED_MS: u32 = 5_000;
 /// Inbound frames are not told while so many commands wait for the socket.
 const INBOUND_WAITING_MAX: usize = 1_024;
+/// Pieces of disks wait before they are handed over while so many bytes of them are not encoded.
+const DISK_BYTES_WAITING_MAX: usize = 8 << 20;
 
 /// Bounds of a link.
 #[derive(Clone, Copy, Debug)]
@@ -88,13 +90,22 @@ pub struct Link {
 
 #[derive(Default)]
 struct Shared {
-    in_flight: Mutex<usize>,
+    in_flight: Mutex<InFlight>,
     freed: Condvar,
     closed: AtomicBool,
     /// The epoch that inbound frames belong to.
     running: AtomicU64,
     /// We want no more of this connection, whatever still waits to be sent.
     abandoned: AtomicBool,
+}
+
+/// What was handed over and is not done with.
+#[derive(Default)]
+struct InFlight {
+    /// Checkpoints that are not acknowledged.
+    epochs: usize,
+    /// Bytes of disks that are not encoded.
+    disk_bytes: usize,
 }
 
 impl Link {
@@ -148,9 +159,9 @@ impl Link {
             let (in_flight, _) = self
                 .shared
                 .freed
-                .wait_timeout_while(in_flight, ROOM_PATIENCE, |n| *n >= self.limits.epochs_in_flight)
+                .wait_timeout_while(in_flight, ROOM_PATIENCE, |n| n.epochs >= self.limits.epochs_in_flight)
                 .unwrap_or_else(PoisonError::into_inner);
-            let room = *in_flight < self.limits.epochs_in_flight;
+            let room = in_flight.epochs < self.limits.epochs_in_flight;
             drop(in_flight);
             if room && arena.wait_for_room(ROOM_PATIENCE) {
                 return self.check_open();
@@ -158,12 +169,12 @@ impl Link {
         }
     }
 
-    /// Refuses a checkpoint that the backup could not hold.
+    /// Refuses a checkpoint of so many bytes that the backup could not hold.
     ///
     /// # Errors
     /// [`CheckpointError::TooLarge`].
-    pub fn check_size(&self, epoch: Epoch, pages: &StagedPages) -> Result<(), CheckpointError> {
-        let (bytes, limit) = (pages.bytes().len(), self.limits.checkpoint_bytes);
+    pub fn check_size(&self, epoch: Epoch, bytes: usize) -> Result<(), CheckpointError> {
+        let limit = self.limits.checkpoint_bytes;
         if bytes > limit { Err(CheckpointError::TooLarge { epoch, bytes, limit }) } else { Ok(()) }
     }
 
@@ -172,7 +183,7 @@ impl Link {
     /// # Errors
     /// [`CheckpointError::LinkLost`]; the checkpoint's dirty set has gone back to the ledger.
     pub fn send(&self, checkpoint: StagedCheckpoint) -> Result<(), CheckpointError> {
-        *self.shared.lock() += 1;
+        self.shared.lock().epochs += 1;
         self.command(Command::Checkpoint(checkpoint))
     }
 
@@ -200,12 +211,25 @@ impl Link {
         self.command(Command::Ask(hashes))
     }
 
-    /// Sends a piece of a disk within the base. A later one, or a later change, counts.
+    /// Sends a piece of a disk within the base, once there is room for it. A later one, or a later change, counts.
     ///
     /// # Errors
     /// [`CheckpointError::LinkLost`].
     pub fn disk_piece(&self, piece: DiskChange) -> Result<(), CheckpointError> {
-        self.command(Command::DiskPiece(piece))
+        loop {
+            self.check_open()?;
+            let in_flight = self.shared.lock();
+            let (mut in_flight, _) = self
+                .shared
+                .freed
+                .wait_timeout_while(in_flight, ROOM_PATIENCE, |n| n.disk_bytes >= DISK_BYTES_WAITING_MAX)
+                .unwrap_or_else(PoisonError::into_inner);
+            if in_flight.disk_bytes < DISK_BYTES_WAITING_MAX {
+                in_flight.disk_bytes += piece.weight();
+                drop(in_flight);
+                return self.command(Command::DiskPiece(piece));
+            }
+        }
     }
 
     /// The next answer to what was asked, in the order of the questions. Waits for `patience` at most.
@@ -226,7 +250,7 @@ impl Link {
     /// # Errors
     /// [`CheckpointError::LinkLost`].
     pub fn end_base(&self, checkpoint: StagedCheckpoint) -> Result<(), CheckpointError> {
-        *self.shared.lock() += 1;
+        self.shared.lock().epochs += 1;
         self.command(Command::EndBase(checkpoint))
     }
 
@@ -271,7 +295,7 @@ impl Link {
 }
 
 impl Shared {
-    fn lock(&self) -> MutexGuard<'_, usize> {
+    fn lock(&self) -> MutexGuard<'_, InFlight> {
         self.in_flight.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -352,7 +376,7 @@ impl LinkThread {
     fn note_freed(&self, before: usize) {
         let freed = before - self.stream.in_flight();
         if freed > 0 {
-            *self.shared.lock() -= freed;
+            self.shared.lock().epochs -= freed;
             self.shared.freed.notify_all();
         }
     }
@@ -387,7 +411,11 @@ impl LinkThread {
             Ok(Command::BeginBase(epoch)) => self.stream.begin_base(epoch)?,
             Ok(Command::BasePages(pages)) => self.stream.pages(&pages)?,
             Ok(Command::Ask(hashes)) => self.stream.hashes(&hashes)?,
-            Ok(Command::DiskPiece(piece)) => self.stream.disk_piece(&piece)?,
+            Ok(Command::DiskPiece(piece)) => {
+                self.stream.disk_piece(&piece)?;
+                self.shared.lock().disk_bytes -= piece.weight();
+                self.shared.freed.notify_all();
+            }
             Ok(Command::EndBase(checkpoint)) => self.stream.end(checkpoint)?,
             Ok(Command::Checkpoint(checkpoint)) => {
                 failpoint!(SendBegin => return Err(failpoint::injected().into()));

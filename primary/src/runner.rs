@@ -235,6 +235,7 @@ impl RunnerThread {
             }
             Err(error) => self.failed(link, error),
         };
+        self.parts.disks.end_log();
         if let Err(DirtyError { call, source }) = self.machine.track_dirty(false) {
             log::warn!("the dirty log stays on: {call}: {source}");
         }

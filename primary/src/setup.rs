@@ -12,13 +12,16 @@ use failover::exit::ExitCode;
 use failover::generation::{StateDir, StateError};
 use failover::status::{Labels, NodeRole, StatusBoard};
 use replication_proto::{Facts, Incarnation, NodeName, PageIndex, PageRange, RamLayout};
-use vmm::config::{MachineConfig, MachineIo, NicConfig};
+use vmm::config::{DiskConfig, MachineConfig, MachineIo, NicConfig};
 use vmm::machine::BootError;
 use vmm::{BuildError, FramePort, KvmMachine, Machine, ModelBuildError, ModelMachine, Tap, TapError};
 
 use crate::clock::Clock;
 use crate::decider::Decider;
 use crate::desk::Desk;
+use crate::disk::copy::Source as _;
+use crate::disk::set::Waiting as WaitingDisks;
+use crate::disk::{DiskError, DiskSet, Opened};
 use crate::events::{Event, EventFile};
 use crate::host::Host;
 use crate::metrics::Metrics;
@@ -60,6 +63,9 @@ pub enum SetupError {
     /// The guest's image.
     #[error(transparent)]
     Boot(#[from] BootError),
+    /// A disk.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// The control socket.
     #[error(transparent)]
     Control(#[from] ControlError),
@@ -88,6 +94,7 @@ impl SetupError {
             Self::Config(_) | Self::NoKernel => ExitCode::Config,
             Self::State(error) => error.exit_code(),
             Self::Control(error) => error.exit_code(),
+            Self::Disk(error) => error.exit_code(),
             Self::Arbiter(_) => ExitCode::ArbiterUnusable,
             Self::Tap(_) => ExitCode::NoTap,
             Self::Machine(
@@ -116,6 +123,10 @@ pub struct Built {
     pub mirror: Arc<Mirror>,
     /// What is measured.
     pub metrics: Arc<Metrics>,
+    /// Its disks, for a side that runs it.
+    pub disks: DiskSet,
+    /// The same, for a side that waits; `None` when there are none.
+    pub waiting_disks: Option<WaitingDisks>,
 }
 
 /// What a process knows of itself before it has anything.
@@ -168,13 +179,15 @@ pub fn build_machine(config: &PairConfig, process: &Process) -> Result<Built, Se
     let mirror = Arc::new(Mirror::default());
     let ports: Vec<Arc<dyn FramePort>> = vec![Arc::new(MirroredPort::new(tap, 0, Arc::clone(&mirror)))];
     let outputs: Arc<dyn vmm::Outputs> = Arc::clone(&gate) as _;
-    let io = MachineIo { outputs, ports: ports.clone(), disks: Vec::new(), console_input };
-    let parts = machine_config(config)?;
+    let Opened { set: disks, waiting: waiting_disks, configs } =
+        Opened::open(config, &process.node, process.incarnation)?;
+    let io = MachineIo { outputs, ports: ports.clone(), disks: disks.owner.for_machine(), console_input };
+    let parts = machine_config(config, configs)?;
     let machine: Box<dyn Machine> = match config.vm.machine {
         MachineKind::Kvm => Box::new(KvmMachine::build(&parts, io)?),
         MachineKind::Model => Box::new(ModelMachine::build(&parts, io)?),
     };
-    Ok(Built { machine, gate, ports, mirror, metrics })
+    Ok(Built { machine, gate, ports, mirror, metrics, disks, waiting_disks })
 }
 
 fn console_name(console: &Console) -> String {
@@ -185,7 +198,7 @@ fn console_name(console: &Console) -> String {
     }
 }
 
-fn machine_config(config: &PairConfig) -> Result<MachineConfig, SetupError> {
+fn machine_config(config: &PairConfig, disks: Vec<DiskConfig>) -> Result<MachineConfig, SetupError> {
     let kernel = match (&config.vm.kernel, config.vm.machine) {
         (Some(kernel), _) => kernel.clone(),
         // The model machine brings its program along.
@@ -199,7 +212,7 @@ fn machine_config(config: &PairConfig) -> Result<MachineConfig, SetupError> {
         initrd: config.vm.initrd.clone(),
         cmdline: config.vm.cmdline.clone(),
         nics: vec![NicConfig { mac: config.vm.mac().0 }],
-        disks: Vec::new(),
+        disks,
     })
 }
 
@@ -237,7 +250,8 @@ pub fn open_host(
         gate: Arc::clone(&built.gate),
         mirror: Arc::clone(&built.mirror),
         metrics: Arc::clone(&built.metrics),
-        verifier: Arc::new(Verifier::new(Vec::new())),
+        verifier: Arc::new(Verifier::new(built.disks.owner.images())),
+        disks: built.disks.clone(),
         events,
         voice,
         decider,

@@ -1,70 +1,156 @@
-//! The way to the thread that keeps the standby's disks.
+//! The link's handle on the thread that has the disks, and what of the protocol is answered there.
 
-use crossbeam::channel::Sender;
-use replication_proto::{CheckpointKind, DiskChange, DiskChanges, PieceHashes, Point};
+use std::io;
+use std::sync::Arc;
 
+use primary::disk::DiskSet;
+use primary::disk::set::Waiting;
+use primary::verify::{self, Part, hash_disk};
+use replication_proto::limits::{DISK_PIECE_BYTES, MAX_DIRTY_BYTES};
+use replication_proto::{
+    CheckpointKind, Comparable, DiskChange, DiskChanges, DiskStanding, Epoch, PieceHashes, PiecesWanted, Point,
+};
+use vmm::disk::Disk;
+
+use super::sink::{DiskSink, SinkEvent};
+use super::worker::{Retire, SinkError};
 use crate::intake::Question;
-
-/// What the thread is asked to do, in this order.
-#[expect(dead_code, reason = "its thread comes with the journal")]
-#[derive(Debug)]
-pub(crate) enum Job {
-    /// A base begins: the images may become a mixture until it is committed.
-    BeginBase,
-    /// A piece of a base that is not committed.
-    Hollow(DiskChange),
-    /// Which of these pieces differ from what the images hold now.
-    Compare(Question, PieceHashes),
-    /// The base is committed: the images are this state of the VM.
-    CommitBase(Point, DiskChanges),
-    /// An epoch is committed.
-    Commit(Point, DiskChanges),
-}
+use crate::link::{LinkHandle, News};
 
 /// Hands what concerns disks to their thread. A machine without disks has none.
 #[derive(Clone)]
 pub struct DiskKeeper {
-    jobs: Option<Sender<Job>>,
+    sink: Option<Arc<DiskSink>>,
+    link: LinkHandle,
 }
 
 impl DiskKeeper {
-    /// For a machine without disks.
-    pub fn none() -> Self {
-        Self { jobs: None }
+    /// For these disks, or for none; `link` is told what comes of it.
+    ///
+    /// # Errors
+    /// No thread could be started.
+    pub fn start(disks: Option<Waiting>, journal_limit: u64, link: LinkHandle) -> io::Result<Self> {
+        let Some(Waiting { disks, journal }) = disks else { return Ok(Self { sink: None, link }) };
+        let told = link.clone();
+        let sink = DiskSink::start(disks, journal, journal_limit, move |event| match event {
+            SinkEvent::Based(point) => told.tell(News::Stable { ackable: point.epoch, durable: point.epoch }),
+            SinkEvent::Progress { ackable, durable, applied } => {
+                told.tell(News::Applied(applied));
+                told.tell(News::Stable { ackable, durable: durable.epoch });
+            }
+            SinkEvent::Failed { why, lost } => told.tell(News::DiskFailed { why, lost }),
+        })?;
+        let keeper = Self { sink: Some(Arc::new(sink)), link };
+        keeper.tell_standing();
+        Ok(keeper)
     }
 
-    #[expect(dead_code, reason = "its thread comes with the journal")]
-    pub(crate) fn new(jobs: Sender<Job>) -> Self {
-        Self { jobs: Some(jobs) }
+    /// What the images hold, as it is said in a greeting.
+    pub fn standing(&self) -> Vec<DiskStanding> {
+        let maps = self.sink.iter().flat_map(|sink| sink.maps());
+        maps.map(|map| DiskStanding {
+            base: map.base(),
+            was_owner: map.has_run(),
+            dirty: map.dirty().encode_within(MAX_DIRTY_BYTES).into(),
+        })
+        .collect()
     }
 
-    /// A base begins.
+    /// A connection begins or has ended: what is said in the next greeting. The base of an exact image is behind what is committed, which costs a few
+    /// more comparisons and no more.
+    pub fn tell_standing(&self) {
+        if self.sink.is_some() {
+            self.link.tell(News::Standing(self.standing()));
+        }
+    }
+
+    /// A base begins: the images may become a mixture until it is committed.
     pub fn begin_base(&self) {
-        self.send(Job::BeginBase);
+        if let Some(sink) = &self.sink {
+            sink.hollow();
+        }
     }
 
     /// A piece of a base that is not committed.
     pub fn apply_hollow(&self, change: DiskChange) {
-        self.send(Job::Hollow(change));
+        if let Some(sink) = &self.sink {
+            sink.put(change);
+        }
     }
 
     /// Which of these pieces differ, after all that was handed over before.
     pub fn compare(&self, question: Question, ask: PieceHashes) {
-        self.send(Job::Compare(question, ask));
+        let Some(sink) = &self.sink else { return };
+        let link = self.link.clone();
+        sink.look(move |images| {
+            link.tell(match compare(images, &ask) {
+                Ok(answer) => News::Compared(question, answer),
+                Err(error) => News::DiskFailed { why: format!("an image cannot be read: {error}"), lost: false },
+            });
+        });
     }
 
     /// A checkpoint is committed.
     pub fn apply(&self, point: Point, kind: CheckpointKind, changes: DiskChanges) {
+        let Some(sink) = &self.sink else { return };
         match kind {
-            CheckpointKind::Base => self.send(Job::CommitBase(point, changes)),
-            CheckpointKind::Delta if changes.is_empty() => {}
-            CheckpointKind::Delta => self.send(Job::Commit(point, changes)),
+            CheckpointKind::Base => {
+                let weight = changes.weight();
+                changes.changes.into_iter().for_each(|change| sink.put(change));
+                sink.based(point);
+                self.link.tell(News::Applied(weight));
+            }
+            CheckpointKind::Delta => sink.commit(point, changes),
         }
     }
 
-    fn send(&self, job: Job) {
-        if let Some(jobs) = &self.jobs {
-            assert!(jobs.send(job).is_ok(), "the disks' thread ends only after its last sender");
-        }
+    /// Compares a part of a disk with the primary's hashes of it, both as of the end of this epoch.
+    pub fn verify(&self, epoch: Epoch, hashes: PieceHashes) {
+        let Some(sink) = &self.sink else { return };
+        let link = self.link.clone();
+        sink.look_whole(move |images| match hashes_here(images, &hashes) {
+            Ok(ours) => link.tell(News::Verified(epoch, verify::compare(&hashes, &ours))),
+            Err(error) => log::warn!("an image cannot be compared: {error}"),
+        });
     }
+
+    /// The guest is going to be booted anew on these disks: whatever is committed goes into them, and the journal is retired before the first change.
+    ///
+    /// # Errors
+    /// See [`SinkError`].
+    pub fn settle_for_boot(self, set: &DiskSet) -> Result<(), SinkError> {
+        let Some(sink) = self.sink else { return Ok(()) };
+        let sink = Arc::into_inner(sink).expect("the link's thread has ended");
+        if let Some(retire) = sink.finish_for_boot()? {
+            set.before_first_change(move || retire.run());
+        }
+        Ok(())
+    }
+
+    /// The standby is going to run: everything that is committed goes into the images. The link's thread must have ended. `None` without disks.
+    ///
+    /// # Errors
+    /// See [`SinkError`]: the standby must not run.
+    pub fn finish(self) -> Result<Option<Retire>, SinkError> {
+        let Self { sink, link: _ } = self;
+        sink.map(|sink| Arc::into_inner(sink).expect("the link's thread has ended").finish()).transpose()
+    }
+}
+
+fn hashes_here(images: &[Arc<dyn Disk>], hashes: &PieceHashes) -> io::Result<PieceHashes> {
+    let missing = || io::Error::new(io::ErrorKind::InvalidInput, "a comparison of pieces that do not exist");
+    let Comparable::Disk(disk) = hashes.of else { return Err(missing()) };
+    let image = images.get(usize::from(disk)).ok_or_else(missing)?;
+    let count = u64::try_from(hashes.hashes.len()).map_err(io::Error::other)?;
+    let end = hashes.first.checked_add(count).and_then(|end| end.checked_mul(DISK_PIECE_BYTES)).ok_or_else(missing)?;
+    if end.saturating_sub(DISK_PIECE_BYTES) >= image.bytes() {
+        return Err(missing());
+    }
+    hash_disk(&**image, Part { of: hashes.of, first: hashes.first, count })
+}
+
+fn compare(images: &[Arc<dyn Disk>], ask: &PieceHashes) -> io::Result<PiecesWanted> {
+    let ours = hashes_here(images, ask)?;
+    let wanted = ask.hashes.iter().zip(&ours.hashes).map(|(theirs, ours)| theirs != ours).collect();
+    Ok(PiecesWanted { of: ask.of, first: ask.first, wanted })
 }

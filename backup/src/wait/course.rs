@@ -141,6 +141,10 @@ impl Course {
                 self.decide(Input::LinkLost(loss_of(&end)), decider, now, out);
             }
             // The applier's.
+            IntakeEvent::Spoilt(why) => {
+                log::error!("this standby has nothing to run from any more: {why}");
+                self.decide(Input::CopyLost, decider, now, out);
+            }
             IntakeEvent::ApplyHollow(_)
             | IntakeEvent::ApplyHollowDisk(_)
             | IntakeEvent::Compare(..)

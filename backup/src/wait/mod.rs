@@ -9,13 +9,14 @@ use failover::RunPermit;
 use failover::decide::{Action, Input};
 use failover::exit::ExitCode;
 use primary::dial::dial_heartbeat;
+use primary::disk::set::Waiting as WaitingDisks;
 use primary::events::Event as FileEvent;
 use primary::host::{Host, HostEvent};
 use primary::owner::{Owner, OwnerEvent};
 use primary::pulse::{self, HeartbeatStream, PulseHandle, PulseReport};
 use primary::runner::Runner;
 use primary::setup::SetupError;
-use replication_proto::{Epoch, Pulse, ReceiverConfig, ReceiverLimits, Standing};
+use replication_proto::{DiskStanding, Epoch, Pulse, ReceiverConfig, ReceiverLimits, Standing};
 use vmm::FramePort;
 
 use crate::activate::{Activated, Waiting, activate};
@@ -86,7 +87,12 @@ impl Waiter {
     ///
     /// # Errors
     /// See [`SetupError`].
-    pub fn start(host: Host, standby: Standby, ports: Vec<Arc<dyn FramePort>>) -> Result<Self, SetupError> {
+    pub fn start(
+        host: Host,
+        standby: Standby,
+        ports: Vec<Arc<dyn FramePort>>,
+        disks: Option<WaitingDisks>,
+    ) -> Result<Self, SetupError> {
         let failed = |what| move |source| SetupError::Host { what, source };
         let address = host.config.node(host.node()).expect("this node").replication;
         let link = LinkBuilder::bind(address).map_err(|source| SetupError::Listen { address, source })?;
@@ -100,6 +106,8 @@ impl Waiter {
                 });
             })
             .map_err(failed("the applier's thread"))?;
+        let disks =
+            DiskKeeper::start(disks, host.config.limits.journal, link.handle()).map_err(failed("the disks' thread"))?;
         let (tell, events) = unbounded();
         let limit = |bytes: u64| usize::try_from(bytes).unwrap_or(usize::MAX);
         let limits = &host.config.limits;
@@ -107,11 +115,11 @@ impl Waiter {
         let thread = link
             .start(
                 Intake::new(
-                    receiver_config(&host),
+                    receiver_config(&host, disks.standing()),
                     Inbox::new(limit(limits.inbox.saturating_add(SECTION_BYTES_MAX))),
                     Commits::new(limit(limits.backlog)),
                 ),
-                (applier, DiskKeeper::none()),
+                (applier, disks.clone()),
                 host.clock.clone(),
                 move |event| {
                     // The owner of this channel may have ended.
@@ -121,7 +129,7 @@ impl Waiter {
             .map_err(failed("the link's thread"))?;
         let taps = SilentTaps::listen(ports).map_err(failed("the silent taps"))?;
         let link = thread.handle();
-        let waiting = Waiting { link: thread, applier: applier_thread, standby, taps };
+        let waiting = Waiting { link: thread, applier: applier_thread, disks, standby, taps };
         Ok(Self { host, waiting, link, pulses: Vec::new(), course: Course::default(), events, tell })
     }
 
@@ -315,9 +323,14 @@ impl Waiter {
     fn boot(self, permit: RunPermit, pending: Vec<Action>) -> ExitCode {
         let Self { host, waiting, pulses, .. } = self;
         pulses.iter().for_each(PulseHandle::close);
-        let Waiting { link, applier, standby, taps } = waiting;
+        let Waiting { link, applier, disks, standby, taps } = waiting;
         link.close();
         applier.finish();
+        // Images and maps are as a later synchronisation will find them; the guest boots on what they hold.
+        if let Err(error) = disks.settle_for_boot(&host.disks) {
+            log::error!("{error}");
+            return ExitCode::DiskUnusable;
+        }
         taps.stop();
         let mut machine = standby.into_machine();
         if let Err(error) = machine.load() {
@@ -347,13 +360,13 @@ impl Waiter {
     }
 }
 
-fn receiver_config(host: &Host) -> ReceiverConfig {
+fn receiver_config(host: &Host, disks: Vec<DiskStanding>) -> ReceiverConfig {
     let page = u64::try_from(vmm::PAGE_SIZE).unwrap_or(4096);
     ReceiverConfig {
         identity: host.identity(),
         ram: host.ram.clone(),
-        disks: Vec::new(),
-        standing: Standing::default(),
+        disks: host.disks.owner.sizes(),
+        standing: Standing { warm_memory: false, disks },
         facts: host.facts.clone(),
         limits: ReceiverLimits {
             max_epoch_pages: host.config.limits.inbox / page,

@@ -202,6 +202,7 @@ impl Core {
             Input::BaseCommitted { peer, epoch } => self.base_committed(&peer, epoch, now, out),
             Input::ReleasedCovered { backup, epoch: _ } => self.released_covered(&backup, now),
             Input::BaseBegun { owner } => self.base_begun(owner, now),
+            Input::CopyLost => self.copy_lost(),
             Input::Committed { epoch } => self.committed(epoch),
             Input::Command { ticket, command } => self.command(ticket, command, now, out),
             Input::GuestEnded(end) => self.guest_ended(end, now, out),

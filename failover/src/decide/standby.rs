@@ -42,6 +42,13 @@ impl Core {
         }
     }
 
+    pub(super) fn copy_lost(&mut self) {
+        if self.mine.is_none() {
+            self.standby.committed = None;
+            self.reason = ReasonCode::Hollow;
+        }
+    }
+
     pub(super) fn standby_goodbye(&mut self, owner: &NodeRef, reason: GoodbyeReason) {
         if self.standby.owner.as_ref() != Some(owner) {
             return;

@@ -264,6 +264,8 @@ pub enum Input {
         /// Who sends it.
         owner: NodeRef,
     },
+    /// Standby: what was committed is lost (a disk failed): it is hollow until another base is committed.
+    CopyLost,
     /// Standby: a further epoch is committed.
     Committed {
         /// Which.

@@ -10,7 +10,7 @@ use crossbeam::channel::{Receiver, Sender, never, select};
 use failover::decide::{Action, FenceReason, GuestEnd, LinkLoss};
 use failover::exit::ExitCode;
 use failover::failpoint;
-use replication_proto::{Epoch, Pulse, Standing};
+use replication_proto::{Epoch, Point, Pulse, Standing};
 use vmm::MachineEvent;
 
 use crate::dial::{self, Streams};
@@ -253,7 +253,11 @@ impl Owner {
             StreamEvent::Refused { refuse, generation: _ } => self.host.note_refusal(refuse),
             StreamEvent::Goodbye(reason) => log::info!("the backup says goodbye: {reason}"),
             StreamEvent::Verified(epoch, found) => self.host.verifier.found(*epoch, found),
-            StreamEvent::Committed(_) | StreamEvent::Heard | StreamEvent::Wanted(_) | StreamEvent::Durable(_) => {}
+            StreamEvent::Durable(epoch) => {
+                let generation = self.host.identity().generation;
+                self.host.disks.owner.durable(Point { generation, epoch: *epoch });
+            }
+            StreamEvent::Committed(_) | StreamEvent::Heard | StreamEvent::Wanted(_) => {}
         }
     }
 

@@ -7,6 +7,7 @@ use std::time::Duration;
 use crossbeam::channel::{Receiver, Sender, bounded};
 use failover::status::{Labels, NodeRole, StatusBoard};
 use primary::clock::Clock;
+use primary::disk::OwnerDisks;
 use primary::epoch::{Afterwards, EpochParts, PauseParts, StagedCheckpoint, stage};
 use primary::metrics::Metrics;
 use primary::mirror::Mirror;
@@ -90,6 +91,7 @@ impl Subject {
             metrics,
             ram_digest: false,
             verifier: Arc::new(Verifier::new(Vec::new())),
+            disks: Arc::new(OwnerDisks::none()),
         };
         // Long enough for each page of the working set to be written once, whatever the guest's timer adds.
         let round = Duration::from_micros(u64::from(pages) * 1_000_000 / RATE);

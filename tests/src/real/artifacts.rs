@@ -131,7 +131,9 @@ fn cargo() -> Command {
     // everything above them would be built anew each time.
     for (name, _) in std::env::vars_os() {
         let ours = name.to_str().is_some_and(|name| {
-            ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_BIN_", "CARGO_CRATE_"].iter().any(|prefix| name.starts_with(prefix))
+            ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_BIN_", "CARGO_CRATE_"]
+                .iter()
+                .any(|prefix| name.starts_with(prefix))
                 || ["CARGO_PRIMARY_PACKAGE", "OUT_DIR"].contains(&name)
         });
         if ours {

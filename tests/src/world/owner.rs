@@ -8,6 +8,7 @@ use std::time::Duration;
 use failover::RunPermit;
 use failover::decide::{Action, GuestEnd, Input, LinkLoss};
 use primary::bulk::{BaseCopy, BaseStep, hashes_of};
+use primary::disk::OwnerDisks;
 use primary::epoch::{Afterwards, EpochParts, StagedCheckpoint, stage};
 use primary::host::{EPOCHS_IN_FLIGHT, Flow, wire_goodbye};
 use primary::mirror::Mirror;
@@ -82,6 +83,7 @@ impl OwnerPart {
             // The checkers compare memory themselves.
             ram_digest: false,
             verifier: Arc::new(Verifier::new(Vec::new())),
+            disks: Arc::new(OwnerDisks::none()),
         };
         Self {
             course: Course::new(base.retry, last),
