@@ -126,7 +126,8 @@ fn write_cmdline(config: &MachineConfig, ram: &GuestRam) -> Result<(), BootError
     if !config.cmdline.is_empty() {
         words.insert_str(&config.cmdline).map_err(|e| wrong(&e))?;
     }
-    for ((_, irq), slot) in config.nics.iter().zip(VIRTIO_IRQS).zip(0u64..) {
+    let devices = config.nics.len() + config.disks.len();
+    for (irq, slot) in VIRTIO_IRQS.into_iter().take(devices).zip(0u64..) {
         let address = MMIO_BASE + slot * MMIO_SIZE;
         words.insert_str(format!("virtio_mmio.device=4K@{address:#x}:{irq}")).map_err(|e| wrong(&e))?;
     }

@@ -227,7 +227,8 @@ fn write_until_stopped(
 }
 
 /// Asks for every acknowledged key.
-fn read_back(connection: &mut Connection, seed: u64, acks: &[Ack]) -> ReadBack {
+/// Asks for every acknowledged key.
+pub fn read_back(connection: &mut Connection, seed: u64, acks: &[Ack]) -> ReadBack {
     let mut found = ReadBack::default();
     let mut compare = |connection: &mut Connection, n: u64| {
         match connection.receive()? {

@@ -40,6 +40,8 @@ pub struct PairOptions {
     pub epoch: String,
     /// Words added to the guest's command line.
     pub cmdline: String,
+    /// Bytes of each of the guest's disks; each side has an image of its own in its directory.
+    pub disks: Vec<u64>,
     /// The table `[arbiter]`; a file in the pair's directory when there is none.
     pub arbiter: Option<String>,
     /// Lines added to `pair.toml`, whole tables.
@@ -58,6 +60,7 @@ impl PairOptions {
             vcpus: 1,
             epoch: "25ms".into(),
             cmdline: String::new(),
+            disks: Vec::new(),
             arbiter: None,
             extra: String::new(),
             files: None,
@@ -89,6 +92,11 @@ impl Pair {
         for node in Node::BOTH {
             let state = dir.path().join(node.as_str());
             fs::create_dir(&state).map_err(Error::io(format!("cannot make {}", state.display())))?;
+            for (disk, bytes) in options.disks.iter().enumerate() {
+                let path = image_path(dir.path(), node, disk);
+                let made = fs::File::create_new(&path).and_then(|file| file.set_len(*bytes));
+                made.map_err(Error::io(format!("cannot make {}", path.display())))?;
+            }
         }
         let config = dir.path().join("pair.toml");
         let text = config_text(dir.path(), artifacts.guest.as_deref(), options);
@@ -134,6 +142,12 @@ impl Pair {
         let path = self.dir.path().join(name);
         fs::write(&path, text.replace(from, to)).map_err(Error::io(format!("cannot write {}", path.display())))?;
         Ok(path)
+    }
+
+    /// A host's image of a disk.
+    #[must_use]
+    pub fn image(&self, node: Node, disk: usize) -> PathBuf {
+        image_path(self.dir.path(), node, disk)
     }
 
     /// The programs.
@@ -375,9 +389,13 @@ impl Drop for Pair {
     }
 }
 
+fn image_path(dir: &Path, node: Node, disk: usize) -> PathBuf {
+    dir.join(node.as_str()).join(format!("disk{disk}.img"))
+}
+
 /// `pair.toml` for two hosts in namespaces.
 fn config_text(dir: &Path, guest: Option<&Path>, options: &PairOptions) -> String {
-    let PairOptions { machine, memory, vcpus, epoch, cmdline, arbiter, extra, files: _ } = options;
+    let PairOptions { machine, memory, vcpus, epoch, cmdline, disks, arbiter, extra, files: _ } = options;
     let mac = GUEST_MAC.map(|byte| format!("{byte:02x}")).join(":");
     let kernel = guest.map_or(String::new(), |path| format!("kernel = {:?}\n", path.display().to_string()));
     let at = dir.display();
@@ -390,11 +408,17 @@ fn config_text(dir: &Path, guest: Option<&Path>, options: &PairOptions) -> Strin
          {arbiter}\n\
          # The replication link is a wire between two namespaces of one machine.\n[link]\ninsecure_lab = true\n\n"
     );
+    for disk in 0..disks.len() {
+        text.push_str(&format!("[[disk]]\nname = \"disk{disk}\"\n\n"));
+    }
     for node in Node::BOTH {
         let ip = replication_ip(node);
+        let images = (0..disks.len()).map(|disk| format!("disk{disk} = {:?}", image_path(dir, node, disk)));
+        let images: Vec<String> = images.collect();
+        let disks = if images.is_empty() { String::new() } else { format!("disks = {{ {} }}\n", images.join(", ")) };
         text.push_str(&format!(
             "[nodes.{node}]\nreplication = \"{ip}:7400\"\ntap = \"{TAP}\"\ncontrol = \"{at}/{node}/control.sock\"\n\
-             health = \"127.0.0.1:7480\"\nconsole = \"{at}/{node}/console.log\"\nstate_dir = \"{at}/{node}\"\n\n"
+             health = \"127.0.0.1:7480\"\nconsole = \"{at}/{node}/console.log\"\nstate_dir = \"{at}/{node}\"\n{disks}\n"
         ));
     }
     text.push_str(extra);

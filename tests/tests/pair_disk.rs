@@ -1,0 +1,121 @@
+//! Disks of the protected guest: the image that takes over is that of the last committed epoch, whoever comes back gets only what differs, and
+//! what was acknowledged with a flush is there after a cold boot.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use tests::real::client::{Writer, WriterConfig};
+use tests::real::pair::{Pair, PairOptions};
+use tests::real::scene::{Scene, play};
+use tests::real::{Error, MachineKind, Node, Result};
+
+const DISK_BYTES: u64 = 64 << 20;
+const LIMIT: Duration = Duration::from_secs(60);
+
+fn options(scene: &Scene) -> PairOptions {
+    PairOptions { disks: vec![DISK_BYTES], cmdline: "appendfsync=always".into(), ..scene.options() }
+}
+
+/// Waits until so many more writes are acknowledged.
+fn wait_acked(writer: &Writer, more: u64) -> Result<()> {
+    let (wanted, deadline) = (writer.acked() + more, Instant::now() + LIMIT);
+    while writer.acked() < wanted {
+        if !writer.is_writing() || Instant::now() >= deadline {
+            return Err(Error::Timeout {
+                what: format!("{wanted} acknowledged writes"),
+                waited: LIMIT,
+                detail: format!("{} so far", writer.acked()),
+            });
+        }
+        thread::sleep(Duration::from_millis(2));
+    }
+    Ok(())
+}
+
+/// The first byte in which two files differ.
+fn first_difference(one: &Path, other: &Path) -> std::io::Result<Option<u64>> {
+    let (mut one, mut other) = (File::open(one)?, File::open(other)?);
+    let (mut left, mut right, mut at) = (vec![0; 1 << 20], vec![0; 1 << 20], 0);
+    loop {
+        let read = one.read(&mut left)?;
+        if read == 0 {
+            return Ok(None);
+        }
+        other.read_exact(&mut right[..read])?;
+        if let Some(n) = left[..read].iter().zip(&right[..read]).position(|(a, b)| a != b) {
+            return Ok(Some(at + u64::try_from(n).unwrap_or(0)));
+        }
+        at += u64::try_from(read).unwrap_or(0);
+    }
+}
+
+/// Once the guest is still, both images are equal before long.
+fn assert_equal_images(pair: &Pair) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        let difference =
+            first_difference(&pair.image(Node::A, 0), &pair.image(Node::B, 0)).expect("images can be read");
+        match difference {
+            None => return,
+            Some(at) if Instant::now() >= deadline => panic!("the images differ at byte {at};\n{}", pair.logs()),
+            Some(_) => thread::sleep(Duration::from_millis(100)),
+        }
+    }
+}
+
+fn killed_and_back(scene: &mut Scene) -> Result<()> {
+    let options = options(scene);
+    let pair = scene.protected(&options)?;
+    let writer = pair.start_writer(WriterConfig::default())?;
+    wait_acked(&writer, 200)?;
+    for (dies, lives) in [(Node::A, Node::B), (Node::B, Node::A), (Node::A, Node::B)] {
+        let killed_us = pair.kill(dies)?;
+        pair.wait_event(lives, killed_us, LIMIT, "takeover", |e| e.event == "activated")?;
+        wait_acked(&writer, 100)?;
+        // As a service manager would: the same program again, which becomes the backup of its successor.
+        pair.start_primary(dies, &[])?;
+        pair.wait_protected(lives, LIMIT)?;
+        wait_acked(&writer, 100)?;
+    }
+    let report = writer.finish(pair.network().client());
+    assert_eq!(report.connection_error, None);
+    assert!(report.same.complete(report.acks.len()), "{:?}", report.same);
+    assert!(report.fresh.complete(report.acks.len()), "{:?}", report.fresh);
+    assert_equal_images(pair);
+    Ok(())
+}
+
+/// Both hosts lose the guest; what was acknowledged is read from the owner's image alone.
+fn cold_boot(scene: &mut Scene) -> Result<()> {
+    let options = options(scene);
+    let pair = scene.protected(&options)?;
+    let writer = pair.start_writer(WriterConfig { patience: Duration::from_secs(5), ..WriterConfig::default() })?;
+    wait_acked(&writer, 300)?;
+    pair.kill(Node::B)?;
+    pair.kill(Node::A)?;
+    let report = writer.finish(pair.network().client());
+    assert!(report.acks.len() >= 300);
+    for owner in [Node::A, Node::B] {
+        // The record names A as the owner; B's image is as good, which is shown by force.
+        let flags: &[&str] = if owner == Node::A { &[] } else { &["--force-cold-boot"] };
+        pair.start_primary(owner, flags)?;
+        let mut guest = pair.wait_guest(LIMIT)?;
+        let missing = tests::real::client::read_back(&mut guest, WriterConfig::default().seed, &report.acks);
+        assert!(missing.complete(report.acks.len()), "{owner}: {missing:?};\n{}", pair.logs());
+        pair.kill(owner)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn kvm_killed_and_back() {
+    play(MachineKind::Kvm, "killed_and_back", killed_and_back);
+}
+
+#[test]
+fn kvm_cold_boot() {
+    play(MachineKind::Kvm, "cold_boot", cold_boot);
+}
