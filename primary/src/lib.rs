@@ -9,6 +9,7 @@
 //! * [`announce`]: the LAN learns where the guest is
 //! * [`mirror`]: inbound frames, told to the backup as they arrive
 //! * [`verify`]: both sides compared, part by part, while the pair is protected
+//! * [`disk`]: disks: images, dirty maps, the log of an epoch's changes, the journal
 //! * [`bulk`]: the base, copied while the guest runs
 //! * [`pacer`]: when an epoch ends
 //! * [`runner`]: the thread that owns the machine
@@ -25,6 +26,7 @@ pub mod clock;
 pub mod decider;
 pub mod desk;
 pub mod dial;
+pub mod disk;
 pub mod epoch;
 pub mod events;
 pub mod host;

@@ -1,5 +1,19 @@
 //! The standby's disks: what is committed goes into the journal, and from there into the images.
+//!
+//! * [`DiskKeeper`]: what the intake asks of them
+//! * [`flow`]: what may be added, synced, acknowledged and applied now; pure
+//! * [`worker`]: carries that out on journal, images and maps
+//! * [`sink`]: its thread, and what the rest of the backup says to it
+//!
+//! Formats, recovery and the maps are in [`primary::disk`], because a process that boots the guest finds the same files.
 
+pub mod flow;
 mod keeper;
+pub mod sink;
+pub mod worker;
 
+pub use flow::{Flow, Order};
 pub use keeper::DiskKeeper;
+pub use primary::disk::{Journal, JournalError, Record};
+pub use sink::{DiskSink, SinkEvent};
+pub use worker::{Retire, SinkError, Worker};
