@@ -6,6 +6,7 @@
 //! * [`commit`]: **the story** of a commit: verify, commit, acknowledge
 //! * [`intake`]: ties these to the data connection's bytes; pure
 //! * [`standby`]: the machine that never ran, and the thread that applies committed checkpoints
+//! * [`disk`]: committed changes of disks: journal, then images
 //! * [`activate`]: **the other story**: the standby becomes the machine that runs
 //! * [`silent`]: taps that listen and say nothing
 //! * [`link`]: the listening sockets, and their thread

@@ -389,6 +389,7 @@ mod tests {
     fn a_failure_is_told_once_and_a_new_synchronisation_begins_anew() {
         let rig = rig();
         rig.sink.based(point(4));
+        rig.sink.settle();
         rig.journal.set_fault(Some(Fault::Full));
         rig.sink.commit(point(5), change(1, true));
         let SinkEvent::Failed { why, lost } = rig.until(|event| matches!(event, SinkEvent::Failed { .. })) else {
@@ -417,6 +418,7 @@ mod tests {
     fn a_lost_change_makes_the_maps_know_nothing_when_it_goes_on() {
         let rig = rig();
         rig.sink.based(point(1));
+        rig.sink.settle();
         rig.disk.set_fault(Some(Fault::WriteError));
         rig.sink.commit(point(2), change(1, true));
         rig.until(|event| matches!(event, SinkEvent::Failed { lost: true, .. }));

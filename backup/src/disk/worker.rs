@@ -92,6 +92,22 @@ fn retire(disks: &[Recoverable], journal: &mut Journal, limit: u64, point: Point
     Ok(())
 }
 
+/// After some records went into the images beside the journal, behind bits; `journaled` is what the journal leads to. The journal is emptied
+/// while the bits still stand: applied once more, it would undo what has none. And before that, the maps must not rely on it any more.
+fn retire_beside(
+    disks: &[Recoverable],
+    journal: &mut Journal,
+    limit: u64,
+    (journaled, point): (Point, Point),
+) -> Result<(), SinkError> {
+    for (number, disk) in disks.iter().enumerate() {
+        let based = disk.image.flush().and_then(|()| disk.map.set_base(Some(journaled)));
+        based.map_err(|source| failed(number, "its image cannot be synced, or its map", source))?;
+    }
+    journal.restart(limit)?;
+    retire(disks, journal, limit, point)
+}
+
 fn failed(number: usize, what: &'static str, source: io::Error) -> SinkError {
     SinkError::Disk { disk: u8::try_from(number).unwrap_or(u8::MAX), what, source }
 }
@@ -141,7 +157,7 @@ impl Worker {
         }
         if !self.lost {
             let point = self.drain()?;
-            retire(&self.disks, &mut self.journal, self.limit, point)?;
+            self.retire_at(point)?;
         } else {
             for (number, disk) in self.disks.iter().enumerate() {
                 disk.map.set_base(None).map_err(|source| failed(number, "its map cannot be written", source))?;
@@ -307,6 +323,16 @@ impl Worker {
         Ok(point)
     }
 
+    /// Everything is drained.
+    fn retire_at(&mut self, point: Point) -> Result<(), SinkError> {
+        let Self { disks, journal, limit, .. } = self;
+        if self.journal_failed {
+            retire_beside(disks, journal, *limit, (self.flow.durable(), point))
+        } else {
+            retire(disks, journal, *limit, point)
+        }
+    }
+
     /// The guest is going to be booted anew: as [`Self::finish`], but a hollow standby's images will do, for the maps say what they hold.
     ///
     /// # Errors
@@ -329,8 +355,8 @@ impl Worker {
         }
         let point = self.drain()?;
         if self.journal_failed {
-            // What is in the images is in no journal: this must be on stable storage, and an older journal must not be applied over it.
-            retire(&self.disks, &mut self.journal, self.limit, point)?;
+            // What is in the images is in no journal: it must be on stable storage before anybody relies on it.
+            self.retire_at(point)?;
         }
         let Self { disks, images: _, journal, limit, flow: _, standing: _, records: _, journal_failed: _, lost: _ } =
             self;

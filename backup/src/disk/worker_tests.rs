@@ -20,6 +20,8 @@ const LIMIT: u64 = 64 << 10;
 
 /// The content of every sector that is looked at.
 type State = [[u64; SECTORS]; DISKS];
+/// Disk, sector and value of each write.
+type Writes = Vec<(usize, usize, u64)>;
 
 fn offset(sector: usize) -> u64 {
     let sector = u64::try_from(sector).unwrap();
@@ -49,6 +51,7 @@ fn state(images: &[Arc<dyn Disk>]) -> State {
 }
 
 struct World {
+    seed: u64,
     power: Arc<Power>,
     dice: Dice,
     disks: Vec<Arc<LossyStorage>>,
@@ -58,10 +61,12 @@ struct World {
     history: Vec<State>,
     now: State,
     values: u64,
+    /// Every change of every committed epoch.
+    written: Vec<(u64, (usize, usize, u64))>,
     /// While the life is exact: what must be there after a power cut, at least and at most.
     exact: Option<(u64, u64)>,
     /// While a guest runs here: what its last flush promised, and what it wrote since.
-    owner: Option<(State, Vec<(usize, usize, u64)>)>,
+    owner: Option<(State, Writes)>,
     journal_failed: bool,
     seen: Seen,
 }
@@ -100,6 +105,7 @@ impl World {
         let some = |len, torn| -> Vec<_> { (0..DISKS).map(|_| power.storage(len, torn)).collect() };
         let (disks, maps, journal) = (some(BYTES, false), some(0, true), power.storage(0, true));
         Self {
+            seed,
             power: Arc::clone(&power),
             dice: Dice::new(seed ^ 0x5EED),
             disks,
@@ -108,6 +114,7 @@ impl World {
             history: vec![State::default()],
             now: State::default(),
             values: 0,
+            written: Vec::new(),
             exact: None,
             owner: None,
             journal_failed: false,
@@ -166,15 +173,21 @@ impl World {
 
     /// Exactly one epoch; but what was put beside a journal that failed has bits, and is then of an epoch that was committed.
     fn check_exact(&self, disks: &[Recoverable], found: &State, base: u64, (least, most): (u64, u64)) {
-        let at = |epoch: u64| &self.history[usize::try_from(epoch).unwrap()];
+        let then = &self.history[usize::try_from(base).unwrap()];
         for (number, disk) in disks.iter().enumerate() {
             let dirty = disk.map.dirty();
-            for sector in 0..SECTORS {
-                let value = found[number][sector];
+            for (sector, value) in found[number].iter().copied().enumerate() {
                 let beside = dirty.contains(offset(sector) / BLOCK_BYTES)
                     && self.journal_failed
-                    && (least..=most).any(|epoch| at(epoch)[number][sector] == value);
-                assert!(value == at(base)[number][sector] || beside, "sector {sector} of disk {number}, epoch {base}");
+                    && self
+                        .written
+                        .iter()
+                        .any(|(epoch, write)| (least..=most).contains(epoch) && *write == (number, sector, value));
+                assert!(
+                    value == then[number][sector] || beside,
+                    "seed {}: sector {sector} of disk {number}, epoch {base}",
+                    self.seed
+                );
             }
         }
     }
@@ -185,7 +198,11 @@ impl World {
             let Some(base) = disk.map.base() else { continue };
             let (then, dirty) = (&self.history[usize::try_from(base.epoch.0).unwrap()][number], disk.map.dirty());
             for sector in (0..SECTORS).filter(|sector| !dirty.contains(offset(*sector) / BLOCK_BYTES)) {
-                assert_eq!(found[sector], then[sector], "sector {sector} of disk {number}, base {base:?}");
+                assert_eq!(
+                    found[sector], then[sector],
+                    "seed {}: sector {sector} of disk {number}, base {base:?}",
+                    self.seed
+                );
             }
         }
     }
@@ -233,6 +250,7 @@ impl World {
         for _ in 0..self.dice.below(4) {
             let (disk, sector, value) = (self.dice.index(DISKS), self.dice.index(SECTORS), self.value());
             self.now[disk][sector] = value;
+            self.written.push((self.last() + 1, (disk, sector, value)));
             changes.push(write_to(disk, sector, value));
         }
         DiskChanges { changes, flushed: self.dice.one_in(4) }
@@ -339,13 +357,13 @@ impl World {
             self.epochs(&mut worker)?;
             if fault.is_some() {
                 self.journal.set_fault(fault);
+                self.journal_failed = true;
                 let failed = self.epochs(&mut worker);
                 // Full for ever, or until somebody makes room.
                 if self.dice.one_in(2) {
                     self.journal.set_fault(None);
                 }
                 if failed.is_err() {
-                    self.journal_failed = true;
                     self.seen.journal_failures += 1;
                 }
             }

@@ -317,9 +317,9 @@ impl Journal {
             return Ok(None);
         }
         let (mut sum, mut at, mut left) = (Xxh3::new(), self.end + head_len, head.length);
-        let mut piece = vec![0; PIECE_BYTES];
+        let mut piece = vec![0; usize::try_from(left).unwrap_or(usize::MAX).min(PIECE_BYTES)];
         while left > 0 {
-            let now = usize::try_from(left).unwrap_or(usize::MAX).min(PIECE_BYTES);
+            let now = usize::try_from(left).unwrap_or(usize::MAX).min(piece.len());
             let (read, _) = piece.split_at_mut(now);
             self.storage.read_at(at, read).map_err(self.io("it cannot be read"))?;
             sum.update(read);

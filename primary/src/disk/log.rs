@@ -99,12 +99,12 @@ impl DiskLog {
 
 #[cfg(test)]
 mod tests {
-    use replication_proto::DiskContent;
     use std::sync::Arc;
     use std::sync::mpsc;
     use std::time::Duration;
 
     use super::*;
+    use crate::disk::DiskContent;
 
     fn change(offset: u64) -> DiskChange {
         DiskChange { disk: 0, offset, content: DiskContent::Bytes(vec![1; 512].into()) }
