@@ -10,6 +10,10 @@
 pub mod flow;
 mod keeper;
 pub mod sink;
+/// The same storage as in the primary's tests: it loses what was not synced.
+#[cfg(test)]
+#[path = "../../../primary/src/disk/testing.rs"]
+pub mod testing;
 pub mod worker;
 
 pub use flow::{Flow, Order};
