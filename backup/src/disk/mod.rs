@@ -1,4 +1,4 @@
-//! The backup's side of disks: committed changes go to the journal, then to the images.
+//! The standby's disks: what is committed goes into the journal, and from there into the images.
 //!
 //! * [`flow`]: what may be added, synced, acknowledged and applied now; pure
 //! * [`worker`]: carries that out on journal, images and maps
@@ -10,6 +10,10 @@
 pub mod flow;
 pub mod keeper;
 pub mod sink;
+/// The same storage as in the primary's tests: it loses what was not synced.
+#[cfg(test)]
+#[path = "../../../primary/src/disk/testing.rs"]
+pub mod testing;
 pub mod worker;
 
 pub use flow::{Flow, Order};

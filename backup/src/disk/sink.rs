@@ -297,7 +297,7 @@ mod tests {
     use std::path::{Path, PathBuf};
     use std::sync::mpsc::{self, RecvTimeoutError};
 
-    use primary::disk::testing::{Fault, LossyStorage, Power};
+    use crate::disk::testing::{Fault, LossyStorage, Power};
     use primary::disk::{DiskContent, DiskIdentity, Generation, recover};
     use replication_proto::{Incarnation, VmId};
     use vmm::disk::{DiskImage, Storage};

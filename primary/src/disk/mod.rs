@@ -25,7 +25,7 @@ pub mod owner;
 pub mod recover;
 pub mod replicated;
 pub mod set;
-#[cfg(any(test, feature = "testing"))]
+#[cfg(any(test, feature = "failpoints"))]
 pub mod testing;
 #[cfg(any(test, feature = "failpoints"))]
 pub mod volatile;
