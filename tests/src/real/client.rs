@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
@@ -127,6 +128,7 @@ pub struct Writer {
     shared: Arc<Shared>,
     config: WriterConfig,
     thread: JoinHandle<Work>,
+    handle: TcpStream,
 }
 
 struct Work {
@@ -139,6 +141,7 @@ impl Writer {
     /// Connects from `ns` and begins to write.
     pub fn start(ns: &NetNs, config: WriterConfig) -> Result<Self> {
         let connection = Connection::open(ns, config.patience)?;
+        let handle = connection.handle().map_err(Error::io("cannot clone a connection"))?;
         let shared = Arc::new(Shared::default());
         let thread = thread::Builder::new()
             .name("writer".into())
@@ -147,7 +150,7 @@ impl Writer {
                 move || work(connection, config, &shared)
             })
             .map_err(Error::io("cannot start a thread"))?;
-        Ok(Self { shared, config, thread })
+        Ok(Self { shared, config, thread, handle })
     }
 
     /// Writes acknowledged so far.
@@ -166,6 +169,18 @@ impl Writer {
     #[must_use]
     pub fn is_writing(&self) -> bool {
         !self.shared.ended.load(Ordering::Acquire)
+    }
+
+    /// Ends the connection at once. Returns what was acknowledged until then.
+    ///
+    /// # Panics
+    /// If the client's thread panicked.
+    #[must_use]
+    pub fn abandon(self) -> Vec<Ack> {
+        self.shared.stop.store(true, Ordering::Release);
+        // An error means that it has ended already.
+        self.handle.shutdown(Shutdown::Both).ok();
+        self.thread.join().expect("the writer does not panic").acks
     }
 
     /// Stops writing, waits for the outstanding answers and reads everything back, twice.
@@ -263,12 +278,12 @@ fn describe(error: &io::Error) -> String {
     }
 }
 
-fn key(n: u64) -> String {
+pub(super) fn key(n: u64) -> String {
     format!("k:{n}")
 }
 
 /// The value of a key: 17 to 216 characters that depend on the seed and the number throughout.
-fn value(seed: u64, n: u64) -> String {
+pub(super) fn value(seed: u64, n: u64) -> String {
     let hash = mix(seed ^ mix(n));
     let len = 17 + usize::try_from(hash % 200).expect("a small number");
     let mut text = String::with_capacity(len + 16);

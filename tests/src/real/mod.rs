@@ -8,6 +8,7 @@ pub mod artifacts;
 pub mod client;
 pub mod clock;
 pub mod counters;
+pub mod crash;
 pub mod daemon;
 mod error;
 pub mod etcd;
