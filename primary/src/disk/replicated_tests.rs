@@ -142,9 +142,10 @@ fn a_failed_flush_makes_the_map_know_nothing() {
     assert_eq!(rig.owner.take_failure().unwrap().what, "a flush");
     assert!(!rig.owner.seal(Epoch(2)).flushed);
     assert_eq!(rig.disk().map().base(), None);
-    // The guest may go on: its later changes are marked, logged and flushed.
+    // The guest may go on, but no later flush is believed.
     rig.put(0, &[1; 512]).unwrap();
-    rig.disk().flush().unwrap();
+    assert!(rig.disk().flush().is_err());
+    assert!(!rig.owner.seal(Epoch(3)).flushed);
 }
 
 #[test]
