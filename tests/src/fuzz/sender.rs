@@ -362,7 +362,7 @@ fn beat(input: &mut Unstructured<'_>, ends: &mut [End; 2], now: &mut Duration) -
         }
         5 => {
             let end = &mut ends[at];
-            let (kind, length) = (input.int_in_range(0..=12)?, input.int_in_range(0..=60usize)?.min(input.len()));
+            let (kind, length) = (input.int_in_range(0..=17)?, input.int_in_range(0..=60usize)?.min(input.len()));
             let payload = input.bytes(length)?.to_vec();
             let frame = end.forge.frame(kind, 0, &payload);
             end.hear(&frame);

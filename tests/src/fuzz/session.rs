@@ -1,14 +1,16 @@
 //! A whole session against a backup: sound messages, wrong ones, changed, cut, repeated and reordered ones, in any order.
 
 use arbitrary::Unstructured;
-use replication_proto::limits::{HEADER_BYTES, PAGE_BYTES};
+use replication_proto::limits::{HEADER_BYTES, MAX_DISK_CHANGE_BYTES, PAGE_BYTES};
 use replication_proto::{
-    CheckpointDigest, CheckpointKind, Epoch, EpochDigest, Generation, GoodbyeReason, LinkError, PageIndex,
-    ReceiverConfig, ReceiverLimits, RefuseCode,
+    CheckpointDigest, CheckpointKind, DiskChange, DiskContent, Epoch, EpochDigest, Generation, GoodbyeReason,
+    LinkError, PageIndex, PiecesWanted, ReceiverConfig, ReceiverLimits, RefuseCode,
 };
 
 use super::frames::assert_final;
-use super::support::{self, Backup, END, Forge, GOODBYE, INBOUND, PAGES, SECTION, receiver_config};
+use super::support::{
+    self, Backup, DISK_CHANGE, END, Forge, GOODBYE, HASHES, INBOUND, PAGES, SECTION, receiver_config,
+};
 
 const STEPS: usize = 300;
 /// Frames kept to be said again.
@@ -37,6 +39,7 @@ struct Said {
     memory: Vec<u8>,
     pages: u64,
     sections: u32,
+    changes: u64,
 }
 
 struct Session {
@@ -153,7 +156,7 @@ impl Session {
     }
 
     fn step(&mut self, input: &mut Unstructured<'_>) -> arbitrary::Result<()> {
-        match input.int_in_range(0..=23u8)? {
+        match input.int_in_range(0..=25u8)? {
             0 => {
                 let hello = self.forge.hello();
                 self.say(hello);
@@ -180,6 +183,8 @@ impl Session {
             20 => self.identity(input)?,
             21 => self.whole_checkpoint(input)?,
             22 => self.orders(input)?,
+            23 => self.disk(input)?,
+            24 => self.hashes(input)?,
             _ => {
                 let length = input.int_in_range(0..=80usize)?;
                 let inbound = [&[0, 0, 0, 0][..], &vec![7; length]].concat();
@@ -201,7 +206,7 @@ impl Session {
         let kind = if base { CheckpointKind::Base } else { CheckpointKind::Delta };
         let memory = self.truth.clone();
         let digest = EpochDigest::new(Epoch(epoch), kind);
-        self.said = Some(Said { epoch, digest, memory, pages: 0, sections: 0 });
+        self.said = Some(Said { epoch, digest, memory, pages: 0, sections: 0, changes: 0 });
         let frame = self.forge.begin(epoch, u8::from(!base));
         self.say(frame);
         Ok(())
@@ -255,9 +260,59 @@ impl Session {
         Ok(())
     }
 
+    fn disk(&mut self, input: &mut Unstructured<'_>) -> arbitrary::Result<()> {
+        let (disk, zeros): (u8, bool) = (input.int_in_range(0..=2)?, input.arbitrary()?);
+        let offset = if input.ratio(1, 8)? { input.arbitrary()? } else { input.int_in_range(0..=40u64)? * 512 };
+        let length = *input.choose(&[512, 512, 4096, 0, 100, 300 << 10])?;
+        let body = if zeros { Vec::new() } else { vec![input.arbitrary()?; length] };
+        let content = if zeros {
+            DiskContent::Zeros(u64::try_from(length).expect("a few kilobytes"))
+        } else {
+            DiskContent::Bytes(body.clone().into())
+        };
+        let change = DiskChange { disk, offset, content };
+        if let Some(said) = &mut self.said {
+            said.digest.disk(&change);
+            said.changes += 1;
+        }
+        let head = [&[disk, u8::from(zeros), 0, 0, 0, 0, 0, 0][..], &offset.to_le_bytes(), &change.len().to_le_bytes()];
+        let epoch = self.epoch();
+        let payload = [head.concat(), body].concat();
+        if payload.len() <= 24 + MAX_DISK_CHANGE_BYTES {
+            let frame = self.forge.frame(DISK_CHANGE, epoch, &payload);
+            self.say(frame);
+        }
+        Ok(())
+    }
+
+    fn hashes(&mut self, input: &mut Unstructured<'_>) -> arbitrary::Result<()> {
+        let (of, disk): (u8, u8) = (input.int_in_range(0..=2)?, input.int_in_range(0..=2)?);
+        let first: u64 = *input.choose(&[0, 1, 2, 16, 17, 255, 256, u64::MAX])?;
+        let count = input.int_in_range(0..=3u32)?;
+        let head = [&[of, disk, 0, 0][..], &count.to_le_bytes(), &first.to_le_bytes()].concat();
+        let payload = [head, vec![1; 16 * usize::try_from(count).expect("three")]].concat();
+        let epoch = self.epoch();
+        let frame = self.forge.frame(HASHES, epoch, &payload);
+        self.say(frame);
+        // An honest backup answers some at once; the others keep the base open.
+        if input.arbitrary()? {
+            for ask in std::mem::take(&mut self.backup.asked) {
+                let wanted = vec![input.arbitrary().unwrap_or(true); ask.hashes.len()];
+                let answer = PiecesWanted { of: ask.of, first: ask.first, wanted };
+                if self.backup.receiver.wanted(&answer).is_err() {
+                    break;
+                }
+            }
+        }
+        Ok(())
+    }
+
     fn end(&mut self) {
         let frame = match &self.said {
-            Some(said) => self.forge.end(said.epoch, said.pages, said.sections, said.digest.finish()),
+            Some(said) => {
+                let counts = (said.pages, said.sections, said.changes, false);
+                self.forge.end_with_disk(said.epoch, counts, said.digest.finish())
+            }
             None => self.forge.end(self.next_epoch(), 0, 0, CheckpointDigest(0)),
         };
         self.say(frame);
@@ -286,7 +341,7 @@ impl Session {
     }
 
     fn any_message(&mut self, input: &mut Unstructured<'_>) -> arbitrary::Result<()> {
-        let (kind, length): (u8, usize) = (input.int_in_range(0..=12)?, input.int_in_range(0..=80)?);
+        let (kind, length): (u8, usize) = (input.int_in_range(0..=17)?, input.int_in_range(0..=80)?);
         if kind == END {
             return Ok(());
         }
@@ -334,6 +389,7 @@ impl Session {
             memory: self.truth.clone(),
             pages: 0,
             sections: 0,
+            changes: 0,
         };
         let mut frames = self.forge.begin(epoch, u8::from(!base));
         if !some.is_empty() {
