@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use replication_proto::limits::{DISK_PIECE_BYTES, MAX_PIECES_PER_MESSAGE, MAX_VERIFY_FINDINGS};
-use replication_proto::{Comparable, Epoch, PieceHashes, Verified, disk_pieces, piece_hash};
+use replication_proto::{Comparable, Epoch, PieceHashes, RamLayout, Verified, disk_pieces, piece_hash};
 use vmm::disk::Disk;
 use vmm::memory::NotRam;
 use vmm::{GuestRam, PAGE_SIZE, PageNo, Section, SectionKind};
@@ -62,8 +62,8 @@ pub struct Findings {
 
 impl Verification {
     /// Of all of memory and of disks of these sizes in bytes.
-    pub fn new(ram: &GuestRam, disks: &[u64]) -> Self {
-        let memory = ram.regions().iter().map(|region| (Comparable::Memory, region.first.0, region.pages));
+    pub fn new(ram: &RamLayout, disks: &[u64]) -> Self {
+        let memory = ram.ranges().iter().map(|range| (Comparable::Memory, range.first.0, range.pages));
         let disks = (0u8..).zip(disks).map(|(disk, bytes)| (Comparable::Disk(disk), 0, disk_pieces(*bytes)));
         let mut waiting = VecDeque::new();
         let mut pieces = 0;
@@ -130,7 +130,7 @@ impl Verifier {
     }
 
     /// Begins anew.
-    pub fn start(&self, ram: &GuestRam) {
+    pub fn start(&self, ram: &RamLayout) {
         let disks: Vec<u64> = self.images.iter().map(|image| image.bytes()).collect();
         *self.lock() = Some(Verification::new(ram, &disks));
     }
@@ -246,9 +246,15 @@ pub fn compare(theirs: &PieceHashes, ours: &PieceHashes) -> Verified {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use replication_proto::{PageIndex, PageRange};
+
+    fn layout(ram: &GuestRam) -> RamLayout {
+        let ranges = ram.regions().iter().map(|r| PageRange { first: PageIndex(r.first.0), pages: r.pages });
+        RamLayout::new(ranges.collect()).unwrap()
+    }
 
     fn run(ram: &GuestRam, copy: &GuestRam, disks: &[u64]) -> Verification {
-        let mut verification = Verification::new(ram, disks);
+        let mut verification = Verification::new(&layout(ram), disks);
         for epoch in (1..).map(Epoch) {
             let Some(part) = verification.next_part(epoch) else { break };
             if let Comparable::Disk(_) = part.of {
@@ -280,7 +286,7 @@ mod tests {
     #[test]
     fn answers_to_nothing_count_for_nothing() {
         let ram = GuestRam::new(2 << 20).unwrap();
-        let mut verification = Verification::new(&ram, &[]);
+        let mut verification = Verification::new(&layout(&ram), &[]);
         verification.next_part(Epoch(5)).unwrap();
         let answer = |compared| Verified { compared, differing: Vec::new() };
         verification.found(Epoch(4), &answer(256));
