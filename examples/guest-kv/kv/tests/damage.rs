@@ -132,6 +132,39 @@ fn stale_records_stay_dead() {
     assert!(matches!(open(&mut disk, AppendFsync::Never), Err(OpenError::Missing { found: 0, .. })));
 }
 
+/// The power goes at each moment of several compactions.
+#[test]
+fn a_compaction_can_end_anywhere() {
+    let mut disk = Disk::new(MIN_DISK);
+    let mut database = open(&mut disk, AppendFsync::Always).unwrap();
+    let half = Geometry::of_disk(MIN_DISK).unwrap().capacity();
+    let (mut digests, mut bytes) = (vec![0], 0);
+    for n in 0..1000_u64 {
+        let seed = mix(n);
+        let line = format!("SET k{} {n}{}", n % 10, "v".repeat(pick(seed, 1500)));
+        bytes += line.len() as u64;
+        // Several changes share a write.
+        for part in 0..3 {
+            let line = if part == 0 { &line } else { "INCR n" };
+            while ask(&mut database, line).is_none() {
+                database.work();
+                disk.step(&mut database, seed);
+            }
+            digests.push(database.store().digest());
+        }
+        for step in 0..1 + seed % 4 {
+            database.work();
+            disk.step(&mut database, seed + step);
+            let mut fork = disk.fork();
+            fork.crash(seed + step);
+            let digest = open(&mut fork, AppendFsync::Always).unwrap().store().digest();
+            let durable = usize::try_from(database.durable()).unwrap();
+            assert!(digests[durable..].contains(&digest), "after {n}, step {step}");
+        }
+    }
+    assert!(bytes > 2 * half);
+}
+
 /// A log that is full of live data says so, takes what makes it smaller, and then more.
 #[test]
 fn a_full_log_refuses_and_recovers() {

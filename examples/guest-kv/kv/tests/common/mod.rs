@@ -90,6 +90,16 @@ impl Disk {
         }
     }
 
+    /// A copy, with nothing under way but writes.
+    pub(crate) fn fork(&self) -> Self {
+        let write = |(job, _): &(Job, usize)| match job {
+            Job::Write { sector, bytes, .. } => Some((usize::try_from(*sector).unwrap() * SECTOR, bytes.clone())),
+            Job::Flush { .. } => None,
+        };
+        let cached = self.cached.iter().cloned().chain(self.jobs.iter().filter_map(write)).collect();
+        Self { stable: self.stable.clone(), cached, jobs: Vec::new(), fails: false }
+    }
+
     /// The power goes: of what was not flushed each sector is written or not.
     pub(crate) fn crash(&mut self, seed: u64) {
         let jobs = std::mem::take(&mut self.jobs).into_iter().filter_map(|(job, _)| match job {
