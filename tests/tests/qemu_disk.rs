@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -10,15 +11,18 @@ use tests::real::MachineKind;
 use tests::real::artifacts::Artifacts;
 use tests::real::load::{LoadReport, digest, disk_info, disk_sums};
 use tests::real::network::Network;
-use tests::real::qemu::{self, Drive, Machine};
+use tests::real::qemu::{self, Drive, Machine, PATIENCE};
 use tests::real::resp::{Connection, Reply};
 use tests::real::scene::{kvm_wanted, tool_wanted};
 
 const MIB: u64 = 1 << 20;
-const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Several machines at once would take the processors away from each other.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 /// A network, the guest's image and a directory for disks.
 struct Bench {
+    _alone: MutexGuard<'static, ()>,
     network: Network,
     guest: PathBuf,
     dir: TempDir,
@@ -29,10 +33,11 @@ impl Bench {
         if !kvm_wanted() || !tool_wanted("qemu-system-x86_64", "FT_NO_QEMU") {
             return None;
         }
+        let alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         let artifacts = Artifacts::build(MachineKind::Kvm, |_| {}).unwrap_or_else(|e| panic!("{e}"));
         let guest = artifacts.guest.expect("built for KVM");
         let (network, dir) = (Network::new().expect("a network"), tempfile::tempdir().expect("a directory"));
-        Some(Self { network, guest, dir })
+        Some(Self { _alone: alone, network, guest, dir })
     }
 
     fn disk(&self, name: &str, bytes: u64) -> PathBuf {

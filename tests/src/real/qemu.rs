@@ -11,8 +11,8 @@ use super::{Error, Node, Result};
 
 /// How long a boot may take.
 const BOOT_LIMIT: Duration = Duration::from_secs(30);
-/// How long the guest may take for an answer.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long the guest may take for an answer: reading all of a disk takes a while on a busy host.
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A disk.
 #[derive(Clone, Copy, Debug)]
