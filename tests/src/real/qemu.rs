@@ -11,8 +11,10 @@ use super::{Error, Node, Result};
 
 /// How long a boot may take.
 const BOOT_LIMIT: Duration = Duration::from_secs(30);
-/// How long the guest may take for an answer.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long one try to connect takes at most: QEMU may have ended.
+const TRY: Duration = Duration::from_secs(2);
+/// How long the guest may take for an answer: reading all of a disk takes a while on a busy host.
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A disk.
 #[derive(Clone, Copy, Debug)]
@@ -54,7 +56,7 @@ pub fn command(image: &Path, append: &str, drives: &[Drive<'_>]) -> Command {
 pub struct Machine {
     /// QEMU.
     pub daemon: Daemon,
-    /// The connection that was tried first.
+    /// A connection to the guest.
     pub connection: Connection,
 }
 
@@ -65,8 +67,11 @@ impl Machine {
         let deadline = Instant::now() + BOOT_LIMIT;
         loop {
             daemon.check()?;
-            match Connection::open(network.client(), PATIENCE) {
-                Ok(connection) => return Ok(Self { daemon, connection }),
+            match Connection::open(network.client(), TRY) {
+                Ok(_) => {
+                    let connection = Connection::open(network.client(), PATIENCE)?;
+                    return Ok(Self { daemon, connection });
+                }
                 Err(e) if Instant::now() >= deadline => {
                     return Err(Error::Timeout {
                         what: "the guest's first answer".into(),
