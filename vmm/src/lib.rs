@@ -42,7 +42,7 @@ pub use disk::{ByteRange, Disk, DiskImage, DiskSerial, FileStorage, ImageError, 
 pub use kvm::{BuildError, KvmMachine};
 pub use machine::{Machine, MachineEvent};
 pub use memory::{GuestRam, PAGE_SIZE, PageNo};
-pub use model::{ModelBuildError, ModelMachine, ModelProgram};
+pub use model::{Announcement, ModelBuildError, ModelMachine, ModelProgram};
 pub use outputs::{FramePort, Outputs};
 pub use pause::{PauseTimings, PausedVm};
 pub use section::{Section, SectionKind};

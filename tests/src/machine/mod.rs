@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crossbeam::channel::{Receiver, Sender, bounded};
-use vmm::{FramePort, KvmMachine, MachineConfig, MachineIo, NicConfig, Outputs, SocketPort};
+use vmm::{Disk, FramePort, KvmMachine, MachineConfig, MachineIo, NicConfig, Outputs, SocketPort};
 
 use crate::real::artifacts;
 
@@ -84,14 +84,27 @@ pub fn demo_config(kernel: PathBuf, vcpus: u8, memory_bytes: u64) -> MachineConf
     }
 }
 
-/// Builds a machine whose frames and console go to `outputs` and whose network hears `port`.
+/// Builds a machine without disks whose frames and console go to `outputs` and whose network hears `port`.
 ///
 /// # Panics
 /// When this host cannot: these tests do not pass without KVM.
 #[must_use]
 pub fn build(config: &MachineConfig, outputs: &Arc<Recorder>, port: &Arc<SocketPort>) -> KvmMachine {
+    build_with_disks(config, outputs, port, Vec::new())
+}
+
+/// Likewise, with a disk for each of the configuration.
+///
+/// # Panics
+/// As [`build`].
+#[must_use]
+pub fn build_with_disks(
+    config: &MachineConfig,
+    outputs: &Arc<Recorder>,
+    port: &Arc<SocketPort>,
+    disks: Vec<Arc<dyn Disk>>,
+) -> KvmMachine {
     let ports = config.nics.iter().map(|_| Arc::clone(port) as Arc<dyn FramePort>).collect();
-    let io =
-        MachineIo { outputs: Arc::clone(outputs) as Arc<dyn Outputs>, ports, disks: Vec::new(), console_input: None };
+    let io = MachineIo { outputs: Arc::clone(outputs) as Arc<dyn Outputs>, ports, disks, console_input: None };
     KvmMachine::build(config, io).expect("a machine on KVM (FT_NO_KVM=1 leaves this test out where there is none)")
 }

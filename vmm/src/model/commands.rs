@@ -1,7 +1,10 @@
 //! The commands of the server: the part of Redis that clients and `redis-benchmark` use, and our own.
 
 use super::bus::Fault;
+use super::disk_commands;
+use super::disks::Disks;
 use super::layout::Layout;
+use super::log::{self, NotLogged};
 use super::options::MAX_RATE;
 use super::program::End;
 use super::registers::{MILLISECOND, Registers};
@@ -14,12 +17,15 @@ pub(super) enum Outcome {
     Continue,
     /// It is closed once the replies are sent.
     Close,
+    /// The request was not carried out: it comes again in the next step.
+    Wait,
 }
 
 /// One request being carried out.
 pub(super) struct Call<'a, 's> {
     pub(super) store: &'a Store<'s>,
     pub(super) registers: &'a mut Registers,
+    pub(super) disks: &'a mut Disks,
     pub(super) layout: &'a Layout,
     pub(super) slot: usize,
     pub(super) connected: usize,
@@ -29,9 +35,11 @@ pub(super) struct Call<'a, 's> {
 }
 
 /// Why a command failed; the reply says it.
-enum Failure {
+pub(super) enum Failure {
     Store(StoreError),
     Text(&'static str),
+    /// Not yet, and nothing was changed.
+    Wait,
 }
 
 impl From<StoreError> for Failure {
@@ -46,9 +54,9 @@ impl From<Fault> for Failure {
     }
 }
 
-type Done = Result<(), Failure>;
+pub(super) type Done = Result<(), Failure>;
 
-const SYNTAX: Failure = Failure::Text("ERR syntax error");
+pub(super) const SYNTAX: Failure = Failure::Text("ERR syntax error");
 const NOT_INTEGER: Failure = Failure::Text("ERR value is not an integer or out of range");
 const OVERFLOW: Failure = Failure::Text("ERR increment or decrement would overflow");
 const LONG_KEY: Failure = Failure::Text("ERR the key is longer than 256 bytes");
@@ -60,53 +68,61 @@ struct Command {
     name: &'static str,
     /// The fewest and the most arguments, the name included.
     arity: (usize, usize),
+    /// It may change the data set: the log has it.
+    changes: bool,
     run: fn(&mut Call<'_, '_>) -> Done,
 }
 
 const ANY: usize = usize::MAX;
 
 const fn command(name: &'static str, arity: (usize, usize), run: fn(&mut Call<'_, '_>) -> Done) -> Command {
-    Command { name, arity, run }
+    Command { name, arity, changes: false, run }
+}
+
+const fn change(name: &'static str, arity: (usize, usize), run: fn(&mut Call<'_, '_>) -> Done) -> Command {
+    Command { name, arity, changes: true, run }
 }
 
 /// All commands but QUIT, which is about the connection.
 static COMMANDS: &[Command] = &[
-    command("APPEND", (3, 3), append),
+    change("APPEND", (3, 3), append),
     command("CLIENT", (2, ANY), client),
     command("COMMAND", (1, ANY), no_commands),
     command("CONFIG", (2, ANY), config),
     command("DBSIZE", (1, 1), dbsize),
-    command("DECR", (2, 2), |call| add(call, -1)),
-    command("DECRBY", (3, 3), decrement_by),
-    command("DEL", (2, ANY), delete),
+    change("DECR", (2, 2), |call| add(call, -1)),
+    change("DECRBY", (3, 3), decrement_by),
+    change("DEL", (2, ANY), delete),
     command("ECHO", (2, 2), echo),
     command("EXISTS", (2, ANY), exists),
-    command("FLUSHALL", (1, 2), flush),
-    command("FLUSHDB", (1, 2), flush),
+    change("FLUSHALL", (1, 2), flush),
+    change("FLUSHDB", (1, 2), flush),
     command("FT.COUNTERS", (1, 1), counters),
     command("FT.CRASH", (1, 1), crash),
     command("FT.DIGEST", (1, 1), digest),
     command("FT.DIRTY", (2, 3), dirty),
+    command("FT.DISK", (2, 4), disk_commands::disk),
+    command("FT.FSYNC", (1, 1), disk_commands::fsync),
     command("FT.POWEROFF", (1, 1), power_off),
     command("FT.UPTIME", (1, 1), uptime),
     command("GET", (2, 2), get),
-    command("INCR", (2, 2), |call| add(call, 1)),
-    command("INCRBY", (3, 3), increment_by),
+    change("INCR", (2, 2), |call| add(call, 1)),
+    change("INCRBY", (3, 3), increment_by),
     command("INFO", (1, ANY), info),
     command("LLEN", (2, 2), list_length),
-    command("LPOP", (2, 3), |call| pop(call, true)),
-    command("LPUSH", (3, ANY), |call| push(call, true)),
+    change("LPOP", (2, 3), |call| pop(call, true)),
+    change("LPUSH", (3, ANY), |call| push(call, true)),
     command("LRANGE", (4, 4), list_range),
     command("MGET", (2, ANY), get_many),
-    command("MSET", (3, ANY), set_many),
+    change("MSET", (3, ANY), set_many),
     command("PING", (1, 2), ping),
-    command("RPOP", (2, 3), |call| pop(call, false)),
-    command("RPUSH", (3, ANY), |call| push(call, false)),
+    change("RPOP", (2, 3), |call| pop(call, false)),
+    change("RPUSH", (3, ANY), |call| push(call, false)),
     command("SELECT", (2, 2), select),
-    command("SET", (3, ANY), set),
+    change("SET", (3, ANY), set),
     command("STRLEN", (2, 2), string_length),
     command("TYPE", (2, 2), kind),
-    command("UNLINK", (2, ANY), delete),
+    change("UNLINK", (2, ANY), delete),
 ];
 
 /// Carries out one request. Only a fault of the machine is an error; the peer's errors are replies.
@@ -116,18 +132,19 @@ pub(super) fn run(mut call: Call<'_, '_>) -> Result<Outcome, Fault> {
         call.reply.simple("OK");
         return Ok(Outcome::Close);
     }
-    let Some(command) = COMMANDS.iter().find(|c| name.eq_ignore_ascii_case(c.name.as_bytes())) else {
+    let Some(command) = find(name) else {
         let shown = String::from_utf8_lossy(name.get(..64).unwrap_or(name)).into_owned();
         call.reply.error(&format!("ERR unknown command '{shown}'"));
         return Ok(Outcome::Continue);
     };
-    let (fewest, most) = command.arity;
-    if call.arguments.len() < fewest || call.arguments.len() > most {
+    if !command.takes(call.arguments.len()) {
         wrong_number(&mut call, command.name);
         return Ok(Outcome::Continue);
     }
-    match (command.run)(&mut call) {
+    let logged = if command.changes && call.registers.log.on { write_down(&mut call) } else { Ok(()) };
+    match logged.and_then(|()| (command.run)(&mut call)) {
         Ok(()) => {}
+        Err(Failure::Wait) => return Ok(Outcome::Wait),
         Err(Failure::Text(text)) => call.reply.error(text),
         Err(Failure::Store(StoreError::Full)) => {
             call.reply.error("OOM command not allowed: the guest's memory is full");
@@ -140,16 +157,44 @@ pub(super) fn run(mut call: Call<'_, '_>) -> Result<Outcome, Fault> {
     Ok(Outcome::Continue)
 }
 
+/// Carries out a request of the log. It fails as it did when it was written down: nobody hears of it.
+pub(super) fn replay(mut call: Call<'_, '_>) -> Result<(), Fault> {
+    let command = call.arguments.first().and_then(|name| find(name)).filter(|c| c.takes(call.arguments.len()));
+    match command.filter(|c| c.changes).map(|c| (c.run)(&mut call)) {
+        Some(Err(Failure::Store(StoreError::Fault(fault)))) => Err(fault),
+        _ => Ok(()),
+    }
+}
+
+fn find(name: &[u8]) -> Option<&'static Command> {
+    COMMANDS.iter().find(|c| name.eq_ignore_ascii_case(c.name.as_bytes()))
+}
+
+impl Command {
+    fn takes(&self, arguments: usize) -> bool {
+        let (fewest, most) = self.arity;
+        (fewest..=most).contains(&arguments)
+    }
+}
+
+/// Appends the request to the log.
+fn write_down(call: &mut Call<'_, '_>) -> Done {
+    log::append(&mut call.registers.log, call.disks, call.arguments).map_err(|error| match error {
+        NotLogged::Disk(failure) => failure.into(),
+        NotLogged::Full => Failure::Text("ERR the log on the disk is full"),
+    })
+}
+
 fn wrong_number(call: &mut Call<'_, '_>, name: &str) {
     call.reply.error(&format!("ERR wrong number of arguments for '{}' command", name.to_ascii_lowercase()));
 }
 
 impl<'a> Call<'a, '_> {
-    fn argument(&self, index: usize) -> &'a [u8] {
+    pub(super) fn argument(&self, index: usize) -> &'a [u8] {
         self.arguments.get(index).copied().unwrap_or_default()
     }
 
-    fn is(&self, index: usize, word: &str) -> bool {
+    pub(super) fn is(&self, index: usize, word: &str) -> bool {
         self.argument(index).eq_ignore_ascii_case(word.as_bytes())
     }
 
@@ -163,11 +208,11 @@ impl<'a> Call<'a, '_> {
         if value.len() <= MAX_VALUE { Ok(value) } else { Err(LONG_VALUE) }
     }
 
-    fn integer(&self, index: usize) -> Result<i64, Failure> {
+    pub(super) fn integer(&self, index: usize) -> Result<i64, Failure> {
         integer(self.argument(index)).ok_or(NOT_INTEGER)
     }
 
-    fn ok(&mut self) -> Done {
+    pub(super) fn ok(&mut self) -> Done {
         self.reply.simple("OK");
         Ok(())
     }
@@ -518,9 +563,11 @@ mod tests {
     }
 
     fn ask(store: &Store<'_>, layout: &Layout, registers: &mut Registers, arguments: &[&[u8]]) -> (String, bool) {
-        let (mut reply, mut end) = (Reply::default(), None);
+        let (mut reply, mut end, mut disks) = (Reply::default(), None, Disks::default());
+        let (reply_to, end_to) = (&mut reply, &mut end);
+        let disks = &mut disks;
         let call =
-            Call { store, registers, layout, slot: 0, connected: 1, arguments, reply: &mut reply, end: &mut end };
+            Call { store, registers, disks, layout, slot: 0, connected: 1, arguments, reply: reply_to, end: end_to };
         run(call).unwrap();
         (String::from_utf8_lossy(&reply.bytes).replace("\r\n", "|"), reply.overflowed)
     }
@@ -600,6 +647,10 @@ mod tests {
             ("FT.DIRTY -1", "-ERR value is not an integer or out of range|"),
             ("FT.DIRTY 1 0", "-ERR value is not an integer or out of range|"),
             ("FT.DIGEST", "$16|0000000000000000|"),
+            ("FT.FSYNC", "+OK|"),
+            ("FT.DISK SUM", "-ERR there is no such disk|"),
+            ("FT.DISK WRITE 0 x", "-ERR there is no such disk|"),
+            ("FT.DISK NONSENSE", "-ERR syntax error|"),
         ]);
     }
 

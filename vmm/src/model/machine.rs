@@ -11,10 +11,12 @@ use crossbeam::channel::{Receiver, Sender, unbounded};
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
 
+use super::disks::Announcement;
 use super::options::{BadWord, ProgramOptions};
-use super::program::{End, ModelProgram, ProgramError};
+use super::program::{End, ModelProgram, ProgramError, Step};
 use crate::config::{ClockPolicy, Fact, MachineConfig, MachineIo, check_disks};
 use crate::dirty::{DirtyLedger, DirtySet};
+use crate::disk::Disk;
 use crate::machine::{
     BootError, CaptureError, DirtyError, Machine, MachineEvent, PauseError, RestoreError, RunError, StopTimings,
 };
@@ -82,8 +84,10 @@ enum Wanted {
 #[derive(Debug)]
 struct Control {
     wanted: Wanted,
-    /// The thread is between two steps and makes no other.
+    /// The thread is between two steps and makes no other; it may be announcing a change of a disk.
     parked: bool,
+    /// The thread has ended.
+    gone: bool,
     /// The guest ended by itself.
     ended: Option<String>,
 }
@@ -143,14 +147,14 @@ impl ModelMachine {
         let host = |call| move |source| ModelBuildError::Host { call, source };
         let ram = Arc::new(GuestRam::new(config.memory_bytes)?);
         let mac = config.nics.first().map_or([0x52, 0x54, 0, 0, 0, 1], |nic| nic.mac);
-        let program = ModelProgram::new(Arc::clone(&ram), mac, options)?;
-        let control = Control { wanted: Wanted::Stop, parked: false, ended: None };
+        let MachineIo { outputs, ports, disks, console_input } = io;
+        let program = ModelProgram::new(Arc::clone(&ram), mac, options)?.with_disks(disks.clone())?;
+        let control = Control { wanted: Wanted::Stop, parked: false, gone: false, ended: None };
         let (control, program) = (Mutex::new(control), Mutex::new(program));
         let shared = Arc::new(Shared { control, changed: Condvar::new(), program });
 
         let poll = Poll::new().map_err(host("epoll_create"))?;
         let waker = Arc::new(Waker::new(poll.registry(), BELL).map_err(host("eventfd"))?);
-        let MachineIo { outputs, ports, disks: _, console_input } = io;
         for (token, port) in ports.iter().enumerate() {
             let fd = port.as_fd().as_raw_fd();
             poll.registry()
@@ -162,6 +166,8 @@ impl ModelMachine {
             shared: Arc::clone(&shared),
             outputs,
             ports,
+            disks,
+            announced: Vec::new(),
             waiting: VecDeque::new(),
             poll,
             events: events_in,
@@ -342,7 +348,11 @@ impl Machine for ModelMachine {
             if let Err(error) = self.waker.wake() {
                 log::error!("cannot wake the vCPU thread: {error}");
             }
-            if thread.join().is_err() {
+            let still_there = |c: &mut Control| !c.gone && !thread.is_finished();
+            drop(self.shared.changed.wait_timeout_while(self.shared.control(), STUCK, still_there));
+            if !self.shared.control().gone && !thread.is_finished() {
+                log::error!("the vCPU thread waits for a disk and is left behind");
+            } else if thread.join().is_err() {
                 log::error!("the vCPU thread panicked");
             }
         }
@@ -363,6 +373,9 @@ struct Vcpu {
     shared: Arc<Shared>,
     outputs: Arc<dyn Outputs>,
     ports: Vec<Arc<dyn FramePort>>,
+    disks: Vec<Arc<dyn Disk>>,
+    /// What was announced since the last step.
+    announced: Vec<(Announcement, io::Result<()>)>,
     /// Frames from before the first run.
     waiting: VecDeque<Vec<u8>>,
     poll: Poll,
@@ -373,18 +386,22 @@ struct Vcpu {
 impl Vcpu {
     fn main(mut self) {
         let end = match self.run() {
-            Ok(None) => return,
-            Ok(Some(end)) => end,
-            Err(error) => End::Crashed(format!("the host's poll failed: {error}")),
+            Ok(None) => None,
+            Ok(Some(end)) => Some(end),
+            Err(error) => Some(End::Crashed(format!("the host's poll failed: {error}"))),
         };
-        let (event, why) = match end {
-            End::PoweredOff => (MachineEvent::PoweredOff, "the guest switched itself off".to_owned()),
-            End::Crashed(reason) => (MachineEvent::Crashed { vcpu: 0, reason: reason.clone() }, reason),
-        };
-        self.shared.control().ended = Some(why);
+        if let Some(end) = end {
+            let (event, why) = match end {
+                End::PoweredOff => (MachineEvent::PoweredOff, "the guest switched itself off".to_owned()),
+                End::Crashed(reason) => (MachineEvent::Crashed { vcpu: 0, reason: reason.clone() }, reason),
+            };
+            self.shared.control().ended = Some(why);
+            self.shared.changed.notify_all();
+            // Nobody listens when the machine is being dropped.
+            drop(self.events.send(event));
+        }
+        self.shared.control().gone = true;
         self.shared.changed.notify_all();
-        // Nobody listens when the machine is being dropped.
-        drop(self.events.send(event));
     }
 
     /// Runs until the machine ends (`None`) or the guest does.
@@ -393,23 +410,14 @@ impl Vcpu {
         while self.wait_for_leave() {
             let (host, guest) = (Instant::now(), self.shared.program().now());
             let guest_now = || guest.saturating_add(nanoseconds(host.elapsed()));
-            loop {
+            let announce = loop {
                 let more = self.take_frames();
-                let inbound: Vec<_> = self.waiting.drain(..self.waiting.len().min(BATCH)).collect();
-                let step = self.shared.program().step(guest_now(), &inbound);
-                for frame in &step.frames {
-                    if !self.ports.is_empty() {
-                        self.outputs.frame(0, frame);
-                    }
-                }
-                if !step.console.is_empty() {
-                    self.outputs.console(&step.console);
-                }
+                let step = self.step(guest_now());
                 if step.end.is_some() {
                     return Ok(step.end);
                 }
-                if self.shared.control().wanted != Wanted::Run {
-                    break;
+                if !step.announce.is_empty() || self.shared.control().wanted != Wanted::Run {
+                    break step.announce;
                 }
                 let timeout = match step.wake_at {
                     _ if more || !self.waiting.is_empty() => Some(Duration::ZERO),
@@ -421,13 +429,49 @@ impl Vcpu {
                     _ => {}
                 }
                 if self.shared.control().wanted != Wanted::Run {
-                    break;
+                    break Vec::new();
                 }
-            }
+            };
             // Time that passed while the program slept has passed: a checkpoint every few milliseconds must not stop its clock.
             self.shared.program().pass_time(guest_now());
+            self.announce(announce);
         }
         Ok(None)
+    }
+
+    /// One step, and out with what it brought.
+    fn step(&mut self, now: u64) -> Step {
+        let inbound: Vec<_> = self.waiting.drain(..self.waiting.len().min(BATCH)).collect();
+        let step = {
+            let mut program = self.shared.program();
+            for (what, result) in self.announced.drain(..) {
+                program.announced(what, &result);
+            }
+            program.step(now, &inbound)
+        };
+        for frame in &step.frames {
+            if !self.ports.is_empty() {
+                self.outputs.frame(0, frame);
+            }
+        }
+        if !step.console.is_empty() {
+            self.outputs.console(&step.console);
+        }
+        step
+    }
+
+    /// Announces changes of disks, which may take long: parked, so that no stop waits for it. The program hears of it when it runs on.
+    fn announce(&mut self, wanted: Vec<Announcement>) {
+        if wanted.is_empty() {
+            return;
+        }
+        self.shared.control().parked = true;
+        self.shared.changed.notify_all();
+        for what in wanted {
+            if let Some(disk) = self.disks.get(usize::from(what.disk)) {
+                self.announced.push((what, disk.announce(what.range)));
+            }
+        }
     }
 
     /// Parks while the machine is stopped; false when it ends.

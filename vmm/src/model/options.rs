@@ -22,6 +22,10 @@ pub struct ProgramOptions {
     pub working_set_pages: Option<u64>,
     /// `beacon=MS`: milliseconds between two UDP broadcasts; 0 is none.
     pub beacon_ms: u64,
+    /// `disklog=0|1`: changes of the data set are logged on disk 0, and read from there at boot.
+    pub disk_log: bool,
+    /// `appendfsync=always|no`: a change is on stable storage before it is answered.
+    pub append_fsync_always: bool,
 }
 
 impl Default for ProgramOptions {
@@ -34,6 +38,8 @@ impl Default for ProgramOptions {
             dirty_pages_per_second: 0,
             working_set_pages: None,
             beacon_ms: 0,
+            disk_log: false,
+            append_fsync_always: false,
         }
     }
 }
@@ -87,6 +93,20 @@ impl ProgramOptions {
                 let wanted = "beacon=MILLISECONDS, 0 to 3600000";
                 self.beacon_ms = value.parse().ok().filter(|ms| *ms <= MAX_BEACON_MS).ok_or(wanted)?;
             }
+            "disklog" => {
+                self.disk_log = match value {
+                    "0" => false,
+                    "1" => true,
+                    _ => return Err("disklog=0 or disklog=1"),
+                };
+            }
+            "appendfsync" => {
+                self.append_fsync_always = match value {
+                    "always" => true,
+                    "no" => false,
+                    _ => return Err("appendfsync=always or appendfsync=no"),
+                };
+            }
             _ => {}
         }
         Ok(())
@@ -99,7 +119,8 @@ mod tests {
 
     #[test]
     fn a_full_line() {
-        let line = "quiet ip=10.0.0.2/16 gw=10.0.0.1 port=7000 dirty=1000,256 seed=7 beacon=50";
+        let line =
+            "quiet ip=10.0.0.2/16 gw=10.0.0.1 port=7000 dirty=1000,256 seed=7 beacon=50 disklog=1 appendfsync=always";
         let wanted = ProgramOptions {
             seed: 7,
             ip: [10, 0, 0, 2],
@@ -108,6 +129,8 @@ mod tests {
             dirty_pages_per_second: 1000,
             working_set_pages: Some(256),
             beacon_ms: 50,
+            disk_log: true,
+            append_fsync_always: true,
         };
         assert_eq!(ProgramOptions::parse(line), Ok(wanted));
         assert_eq!(ProgramOptions::parse(""), Ok(ProgramOptions::default()));
@@ -118,7 +141,16 @@ mod tests {
         for word in ["ip=10.0.0.2", "ip=10.0.0/24", "ip=1.2.3.4/33", "port=0", "port=65536", "seed=x", "seed=-1"] {
             assert_eq!(ProgramOptions::parse(word).unwrap_err().word, word);
         }
-        for word in ["dirty=", "dirty=1,0", "dirty=1,", "dirty=99999999999", "beacon=x", "beacon=3600001"] {
+        for word in [
+            "dirty=",
+            "dirty=1,0",
+            "dirty=1,",
+            "dirty=99999999999",
+            "beacon=x",
+            "beacon=3600001",
+            "disklog=yes",
+            "appendfsync=1",
+        ] {
             assert_eq!(ProgramOptions::parse(word).unwrap_err().word, word);
         }
     }

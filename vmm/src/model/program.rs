@@ -3,14 +3,20 @@
 use std::sync::Arc;
 
 use super::bus::{Bus, Fault};
+use super::commands::{self, Call};
+use super::disks::{Announcement, DiskFailure, Disks};
 use super::layout::Layout;
+use super::log;
 use super::options::ProgramOptions;
-use super::registers::{LAST_TIME, Registers};
+use super::registers::{LAST_TIME, LogPhase, Registers};
+use super::resp::Reply;
 use super::server;
+use super::store::Store;
 use super::tcb::Table;
 use super::tcp::Tcp;
 use super::wire::{self, Packet, Station};
 use crate::dirty::{DirtyLedger, DirtySet};
+use crate::disk::Disk;
 use crate::machine::RestoreError;
 use crate::memory::{GuestRam, PAGE_SIZE};
 use crate::section::{Section, SectionKind};
@@ -35,6 +41,9 @@ pub enum ProgramError {
         /// A quarter of RAM.
         available: u64,
     },
+    /// There is nothing to keep a log on.
+    #[error("disklog=1 needs a disk that may be changed")]
+    NoLogDisk,
 }
 
 /// How the program can end.
@@ -55,12 +64,14 @@ pub struct Step {
     pub console: Vec<u8>,
     /// Guest time in nanoseconds of the next step that is due without any frame; `None` if only a frame can wake it.
     pub wake_at: Option<u64>,
+    /// Changes of disks for [`ModelProgram::announced`], after which another step is due at once.
+    pub announce: Vec<Announcement>,
     /// The program ended in this step: it makes no other.
     pub end: Option<End>,
 }
 
 /// The guest program of the model machine. Its state is guest RAM and its registers, nothing else: two programs that agree in
-/// both, and get the same times and frames, agree for ever.
+/// both, and get the same times and frames and the same of their disks, agree for ever.
 #[derive(Debug)]
 pub struct ModelProgram {
     ram: Arc<GuestRam>,
@@ -69,6 +80,7 @@ pub struct ModelProgram {
     port: u16,
     boot: Registers,
     registers: Registers,
+    disks: Disks,
 }
 
 impl ModelProgram {
@@ -83,12 +95,40 @@ impl ModelProgram {
         }
         let boot = Registers::boot(options, &layout);
         let us = Station { mac, ip: options.ip };
-        Ok(Self { ram, layout, us, port: options.port, registers: boot.clone(), boot })
+        Ok(Self { ram, layout, us, port: options.port, registers: boot.clone(), boot, disks: Disks::default() })
+    }
+
+    /// With these disks.
+    ///
+    /// # Errors
+    /// [`ProgramError::NoLogDisk`] when the options ask for a log and the first disk cannot take it.
+    pub fn with_disks(mut self, disks: Vec<Arc<dyn Disk>>) -> Result<Self, ProgramError> {
+        self.disks = Disks::new(disks);
+        if self.boot.log.on && log::capacity(&self.disks).is_none() {
+            return Err(ProgramError::NoLogDisk);
+        }
+        Ok(self)
+    }
+
+    /// Says how an announcement that a step wanted went, after [`Disk::announce`] was called outside of any step.
+    pub fn announced(&mut self, what: Announcement, result: &std::io::Result<()>) {
+        self.disks.announced(what, result.is_ok());
+    }
+
+    /// Announces what a step wanted, for who runs the program on one thread and can wait.
+    pub fn announce(&mut self, wanted: &[Announcement]) {
+        for what in wanted {
+            if let Some(disk) = self.disks.get(what.disk) {
+                let result = disk.announce(what.range);
+                self.announced(*what, &result);
+            }
+        }
     }
 
     /// Puts the program into the state of a machine that was just switched on. RAM is all zeroes.
     pub fn boot(&mut self) {
         self.registers = self.boot.clone();
+        self.disks.forget();
     }
 
     /// Guest time in nanoseconds: that of the last step or [`ModelProgram::pass_time`].
@@ -117,8 +157,9 @@ impl ModelProgram {
             return Err(RestoreError::Unexpected(section.kind));
         }
         let registers = Registers::from_section(section)?;
-        registers.validate(&self.layout).map_err(|e| e.of(section.kind))?;
+        registers.validate(&self.layout, log::capacity(&self.disks)).map_err(|e| e.of(section.kind))?;
         self.registers = registers;
+        self.disks.forget();
         Ok(())
     }
 
@@ -137,11 +178,12 @@ impl ModelProgram {
             step.end = Some(End::Crashed(reason.into()));
         }
         self.registers.frames_out += step.frames.len() as u64;
+        step.announce = self.disks.take_wanted();
         step
     }
 
     fn try_step(&mut self, inbound: &[Vec<u8>], step: &mut Step) -> Result<(), Fault> {
-        let Self { ram, layout, us, port, boot: _, registers } = self;
+        let Self { ram, layout, us, port, boot: _, registers, disks } = self;
         let bus = Bus(ram.tracked());
         if !registers.greeted {
             let [a, b, c, d] = us.ip;
@@ -160,7 +202,9 @@ impl ModelProgram {
             }
         }
         tcp.timers(registers.now)?;
-        step.end = server::serve(bus, layout, registers, tcp.table)?;
+        if open_log(bus, layout, registers, disks)? {
+            step.end = server::serve(bus, layout, registers, disks, tcp.table)?;
+        }
         for slot in 0..layout.connections {
             tcp.output(slot, registers.now)?;
         }
@@ -171,6 +215,44 @@ impl ModelProgram {
         step.wake_at = [load, beacon, timers].into_iter().flatten().min();
         Ok(())
     }
+}
+
+/// Gets the log ready, if there is one; false when that is not done yet.
+pub(super) fn open_log(
+    bus: Bus<'_>,
+    layout: &Layout,
+    registers: &mut Registers,
+    disks: &mut Disks,
+) -> Result<bool, Fault> {
+    if !registers.log.on {
+        return Ok(true);
+    }
+    if registers.log.phase == LogPhase::Replay {
+        registers.log.phase = LogPhase::Cut;
+        let store = Store::open(bus, layout)?;
+        loop {
+            let arguments = match log::next(&mut registers.log, disks) {
+                Ok(Some(arguments)) => arguments,
+                Ok(None) => break,
+                Err(_) => {
+                    registers.log.phase = LogPhase::Broken;
+                    break;
+                }
+            };
+            let arguments: Vec<&[u8]> = arguments.iter().map(Vec::as_slice).collect();
+            let (store, arguments) = (&store, &arguments[..]);
+            let (reply, end) = (&mut Reply::default(), &mut None);
+            commands::replay(Call { store, registers, disks, layout, slot: 0, connected: 0, arguments, reply, end })?;
+        }
+    }
+    if registers.log.phase == LogPhase::Cut {
+        match log::cut(&mut registers.log, disks) {
+            Ok(()) => {}
+            Err(DiskFailure::Wait) => return Ok(false),
+            Err(DiskFailure::Io) => registers.log.phase = LogPhase::Broken,
+        }
+    }
+    Ok(true)
 }
 
 /// Writes to the pages that are due and says when the next ones are.

@@ -2,6 +2,7 @@
 
 use super::layout::Layout;
 use super::options::{MAX_RATE, ProgramOptions};
+use crate::disk::SECTOR_BYTES;
 use crate::state::codec::{Decoder, Encoder, Malformed, Saved};
 
 /// Times and counters of a saved state are below this, so that sums of them cannot overflow.
@@ -36,6 +37,33 @@ pub(super) struct Beacon {
     pub(super) number: u64,
 }
 
+/// How far the log is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum LogPhase {
+    /// The machine was just switched on: the log is read first.
+    #[default]
+    Replay,
+    /// It was read; what is behind it has to go.
+    Cut,
+    Ready,
+    /// The disk failed: nothing is changed any more.
+    Broken,
+}
+
+/// The log of changes on disk 0.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Log {
+    /// There is one.
+    pub(super) on: bool,
+    /// Every record is flushed before its reply.
+    pub(super) always: bool,
+    pub(super) phase: LogPhase,
+    /// Its end in bytes, whole sectors.
+    pub(super) tail: u64,
+    /// Records before that.
+    pub(super) records: u64,
+}
+
 /// All of the program's state that is not in RAM.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Registers {
@@ -53,6 +81,7 @@ pub(super) struct Registers {
     pub(super) frames_out: u64,
     /// Requests answered since boot.
     pub(super) requests: u64,
+    pub(super) log: Log,
 }
 
 impl Registers {
@@ -62,6 +91,8 @@ impl Registers {
         let pages = options.working_set_pages.unwrap_or(layout.load_pages).min(layout.load_pages);
         registers.set_load(options.dirty_pages_per_second, pages);
         registers.beacon.every = options.beacon_ms * MILLISECOND;
+        registers.log.on = options.disk_log;
+        registers.log.always = options.append_fsync_always;
         registers
     }
 
@@ -79,9 +110,16 @@ impl Registers {
         self.load = Load { rate, pages, since: self.now, done: 0, touches: self.load.touches };
     }
 
-    /// Checks that decoded registers are ones that a program in this RAM can have.
-    pub(super) fn validate(&self, layout: &Layout) -> Result<(), Malformed> {
-        let Self { now, random: _, greeted: _, load, beacon, frames_in, frames_out, requests } = self;
+    /// Checks that decoded registers are ones that a program in this RAM, with a log of at most so many bytes, can have.
+    pub(super) fn validate(&self, layout: &Layout, log_capacity: Option<u64>) -> Result<(), Malformed> {
+        let Self { now, random: _, greeted: _, load, beacon, frames_in, frames_out, requests, log } = self;
+        let Log { on, always: _, phase, tail, records } = log;
+        if *on && (*tail > log_capacity.unwrap_or(0) || !tail.is_multiple_of(SECTOR_BYTES) || *records > *tail) {
+            return Err(Malformed(format!("a log of {records} records in {tail} bytes")));
+        }
+        if !on && (*phase, *tail, *records) != (LogPhase::Replay, 0, 0) {
+            return Err(Malformed::new("no log, and something in it"));
+        }
         let Load { rate, pages, since, done, touches } = load;
         let Beacon { every, next, number } = beacon;
         let counts = [now, since, done, touches, every, next, number, frames_in, frames_out, requests];
@@ -102,10 +140,11 @@ impl Registers {
 }
 
 impl Saved for Registers {
-    const VERSION: u16 = 1;
+    const VERSION: u16 = 2;
 
     fn encode(&self, out: &mut Encoder) {
-        let Self { now, random, greeted, load, beacon, frames_in, frames_out, requests } = self;
+        let Self { now, random, greeted, load, beacon, frames_in, frames_out, requests, log } = self;
+        let Log { on, always, phase, tail, records } = log;
         let Load { rate, pages, since, done, touches } = load;
         let Beacon { every, next, number } = beacon;
         out.u8(u8::from(*greeted));
@@ -115,6 +154,16 @@ impl Saved for Registers {
         for value in [frames_in, frames_out, requests] {
             out.u64(*value);
         }
+        out.u8(u8::from(*on));
+        out.u8(u8::from(*always));
+        out.u8(match phase {
+            LogPhase::Replay => 0,
+            LogPhase::Cut => 1,
+            LogPhase::Ready => 2,
+            LogPhase::Broken => 3,
+        });
+        out.u64(*tail);
+        out.u64(*records);
     }
 
     fn decode(input: &mut Decoder<'_>) -> Result<Self, Malformed> {
@@ -133,6 +182,19 @@ impl Saved for Registers {
             frames_in: input.u64()?,
             frames_out: input.u64()?,
             requests: input.u64()?,
+            log: Log {
+                on: input.flag()?,
+                always: input.flag()?,
+                phase: match input.u8()? {
+                    0 => LogPhase::Replay,
+                    1 => LogPhase::Cut,
+                    2 => LogPhase::Ready,
+                    3 => LogPhase::Broken,
+                    other => return Err(Malformed(format!("a log in phase {other}"))),
+                },
+                tail: input.u64()?,
+                records: input.u64()?,
+            },
         })
     }
 }

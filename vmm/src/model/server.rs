@@ -2,6 +2,7 @@
 
 use super::bus::{Bus, Fault};
 use super::commands::{self, Call, Outcome};
+use super::disks::Disks;
 use super::layout::{Layout, RING};
 use super::program::End;
 use super::registers::Registers;
@@ -19,6 +20,7 @@ pub(super) fn serve(
     bus: Bus<'_>,
     layout: &Layout,
     registers: &mut Registers,
+    disks: &mut Disks,
     table: &mut Table,
 ) -> Result<Option<End>, Fault> {
     let mut end = None;
@@ -30,7 +32,7 @@ pub(super) fn serve(
     let connected = table.tcbs.iter().filter(|t| t.state == State::Open).count();
     for (slot, tcb) in table.tcbs.iter_mut().enumerate().filter(|(_, t)| waits(t)) {
         let connection = Connection { bus, layout, slot, tcb, connected };
-        connection.serve(&store, registers, &mut end)?;
+        connection.serve(&store, registers, disks, &mut end)?;
     }
     Ok(end)
 }
@@ -44,7 +46,13 @@ struct Connection<'a> {
 }
 
 impl Connection<'_> {
-    fn serve(mut self, store: &Store<'_>, registers: &mut Registers, end: &mut Option<End>) -> Result<(), Fault> {
+    fn serve(
+        mut self,
+        store: &Store<'_>,
+        registers: &mut Registers,
+        disks: &mut Disks,
+        end: &mut Option<End>,
+    ) -> Result<(), Fault> {
         let mut buffer = vec![0; self.tcb.rx_len as usize];
         ring_read(self.bus, self.layout.received(self.slot), self.tcb.rx_head, &mut buffer)?;
         let mut used = 0;
@@ -70,6 +78,7 @@ impl Connection<'_> {
                     let call = Call {
                         store,
                         registers,
+                        disks,
                         layout: self.layout,
                         slot: self.slot,
                         connected: self.connected,
@@ -80,6 +89,9 @@ impl Connection<'_> {
                     (took, commands::run(call)?)
                 }
             };
+            if outcome == Outcome::Wait {
+                break;
+            }
             if reply.overflowed {
                 reply = Reply::default();
                 reply.error("ERR the reply is too long for this machine");

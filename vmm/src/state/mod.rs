@@ -2,8 +2,9 @@
 //!
 //! # Order of a capture
 //!
-//! 1. The host side of devices is parked, then every vCPU leaves guest mode and completes its last exit. Only then is
-//!    anything read: completing an exit runs device code, which writes guest memory and raises interrupts.
+//! 1. The host side of devices is parked (disks' workers between two pieces of a request), then every vCPU leaves guest mode
+//!    and completes its last exit. Only then is anything read: completing an exit runs device code, which writes guest memory
+//!    and raises interrupts.
 //! 2. Each vCPU, by its own thread: `MP_STATE` first (reading it may deliver an INIT or SIPI that waits in the LAPIC, which
 //!    changes registers and LAPIC), then registers and events in one KVM_RUN, then LAPIC and MSRs, none of which changes what was
 //!    read before. (Firecracker's `arch/x86_64/vcpu.rs` has the same constraints.)
@@ -21,7 +22,8 @@
 //!    between the clock's start and the guest's.
 //! 4. Serial port and virtio devices: the serial port raises its interrupt when its state says so, which needs the chips.
 //! 5. At the first run: each virtio device with a pending interrupt lowers and raises its line, and every queue counts as
-//!    kicked. Neither the kernel's idea of a line's level nor a kick that was on its way is part of the state.
+//!    kicked. Neither the kernel's idea of a line's level nor a kick that was on its way is part of the state. A disk's requests that had
+//!    been taken from the ring and not given back are submitted again, in their order, before what is new there.
 //!
 //! # What differs between two captures of one stopped machine
 //!

@@ -228,7 +228,7 @@ mod tests {
         for sectors in [MIN_DISK, MIN_DISK + 1, 131_072, 1 << 33] {
             let geometry = Geometry::of_disk(sectors).unwrap();
             assert!(geometry.end() <= sectors / 2 && geometry.end() + 16 > sectors / 2, "{sectors}");
-            assert!(geometry.start(1) % 8 == 0 && geometry.start(1) + geometry.half_sectors == geometry.end());
+            assert!(geometry.start(1).is_multiple_of(8) && geometry.start(1) + geometry.half_sectors == geometry.end());
         }
     }
 }

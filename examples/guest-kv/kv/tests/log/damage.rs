@@ -1,9 +1,6 @@
 //! Logs that are cut, changed, full or on a disk that fails.
-#![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
-mod common;
-
-use common::{Disk, ask, mix, open, pick};
+use crate::disk::{Disk, ask, mix, open, pick};
 use kv::database::Fate;
 use kv::log::{Geometry, MIN_DISK, OpenError, SECTOR};
 use kv::{AppendFsync, Database};

@@ -1,9 +1,6 @@
 //! The data set on a disk that loses power at any moment: what was durable is there afterwards, and nothing is there that was not written.
-#![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
-mod common;
-
-use common::{Disk, ask, open};
+use crate::disk::{Disk, ask, open};
 use kv::log::MIN_DISK;
 use kv::{AppendFsync, Database};
 use proptest::prelude::*;

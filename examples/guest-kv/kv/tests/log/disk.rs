@@ -1,5 +1,4 @@
 //! A disk that loses power, and a server on it.
-#![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
 use kv::log::{Blocks, IoFailed, Job, OpenError, SECTOR};
 use kv::resp::OutOfMemory;
