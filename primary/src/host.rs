@@ -39,6 +39,28 @@ pub enum Flow {
     GoOn,
     /// It ends with this code.
     Exit(ExitCode),
+    /// It begins anew as a backup.
+    Rejoin,
+}
+
+/// How the life of a process ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// With this code.
+    Exit(ExitCode),
+    /// Another one begins in its place, as a backup.
+    Rejoin,
+}
+
+impl Flow {
+    /// How the process ends, if it does.
+    pub fn ending(self) -> Option<Ending> {
+        match self {
+            Self::GoOn => None,
+            Self::Exit(code) => Some(Ending::Exit(code)),
+            Self::Rejoin => Some(Ending::Rejoin),
+        }
+    }
 }
 
 /// What both sides' processes have in common.

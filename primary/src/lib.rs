@@ -39,6 +39,7 @@ pub mod pacer;
 pub mod protect;
 pub mod pulse;
 pub mod ram_digest;
+pub mod rejoin;
 pub mod runner;
 pub mod setup;
 pub mod staging;

@@ -52,11 +52,13 @@ pub enum Mutant {
     PairingLostIsNeverNamed,
     /// The backup acknowledges an epoch that holds a flush before its changes are on stable storage.
     AckBeforeStable,
+    /// A side that halted because it reached nobody drops its guest and offers itself as the backup, whoever owns the guest.
+    IsolatedRejoins,
 }
 
 impl Mutant {
     /// Every one of them.
-    pub const ALL: [Self; 24] = [
+    pub const ALL: [Self; 25] = [
         Self::SoloWithoutCas,
         Self::TakeoverWithoutCas,
         Self::RecordWithoutIncarnation,
@@ -81,6 +83,7 @@ impl Mutant {
         Self::HandoverGivenUpBlindly,
         Self::PairingLostIsNeverNamed,
         Self::AckBeforeStable,
+        Self::IsolatedRejoins,
     ];
 }
 

@@ -212,6 +212,7 @@ mod tests {
             highest_generation: Generation(0),
             on_backup_loss: OnBackupLoss::Solo,
             cold_start: ColdStart::Owner,
+            rejoin: failover::decide::Rejoin::default(),
             force_cold_boot: false,
             timers: CoreTimers::default(),
         })

@@ -11,7 +11,7 @@ use failover::exit::ExitCode;
 use primary::dial::dial_heartbeat;
 use primary::disk::set::Waiting as WaitingDisks;
 use primary::events::Event as FileEvent;
-use primary::host::{Host, HostEvent};
+use primary::host::{Ending, Host, HostEvent};
 use primary::owner::{Owner, OwnerEvent};
 use primary::pulse::{self, HeartbeatStream, PulseHandle, PulseReport};
 use primary::runner::Runner;
@@ -134,11 +134,11 @@ impl Waiter {
     }
 
     /// Waits until this side runs the guest, and then runs it; until the decision core says that the process ends.
-    pub fn run(mut self) -> ExitCode {
+    pub fn run(mut self) -> Ending {
         let mut end = self.tell_course(Event::Input(Input::Started));
         loop {
             end = match end {
-                Some(End::Exit(code)) => return code,
+                Some(End::Exit(code)) => return Ending::Exit(code),
                 Some(End::Activate(permit, rest)) => return self.become_owner(permit, rest),
                 Some(End::Boot(permit, rest)) => return self.boot(permit, rest),
                 None => self.step(),
@@ -296,7 +296,7 @@ impl Waiter {
 
     // ---- the end of the wait -----------------------------------------------------------------------------------------------------
 
-    fn become_owner(self, permit: RunPermit, pending: Vec<Action>) -> ExitCode {
+    fn become_owner(self, permit: RunPermit, pending: Vec<Action>) -> Ending {
         let Self { host, waiting, pulses, .. } = self;
         pulses.iter().for_each(PulseHandle::close);
         let guest = waiting.standby.machine().events();
@@ -314,13 +314,13 @@ impl Waiter {
             }
             Err(error) => {
                 log::error!("the standby could not be activated: {:#}", anyhow::Error::from(error));
-                ExitCode::Failure
+                Ending::Exit(ExitCode::Failure)
             }
         }
     }
 
     /// Both hosts lost the guest, and the record lets this one boot it anew.
-    fn boot(self, permit: RunPermit, pending: Vec<Action>) -> ExitCode {
+    fn boot(self, permit: RunPermit, pending: Vec<Action>) -> Ending {
         let Self { host, waiting, pulses, .. } = self;
         pulses.iter().for_each(PulseHandle::close);
         let Waiting { link, applier, disks, standby, taps } = waiting;
@@ -335,7 +335,7 @@ impl Waiter {
         let mut machine = standby.into_machine();
         if let Err(error) = machine.load() {
             log::error!("{error}");
-            return ExitCode::KernelUnusable;
+            return Ending::Exit(ExitCode::KernelUnusable);
         }
         let guest = machine.events();
         let (tell, events) = unbounded();
@@ -354,7 +354,7 @@ impl Waiter {
             Ok(runner) => Owner::new(host, runner, guest, Epoch(0), (tell, events)).run(pending),
             Err(error) => {
                 log::error!("the guest did not start: {error:#}");
-                ExitCode::Failure
+                Ending::Exit(ExitCode::Failure)
             }
         }
     }

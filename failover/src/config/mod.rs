@@ -21,7 +21,7 @@ pub use etcd::EtcdSection;
 pub use units::{format_size, format_span, parse_size, parse_span};
 
 use crate::arbiter::NodeRef;
-use crate::decide::{ColdStart, CoreConfig, CoreTimers, OnBackupLoss, Role};
+use crate::decide::{ColdStart, CoreConfig, CoreTimers, OnBackupLoss, Rejoin, Role};
 use crate::text::harmless;
 use replication_proto::{Generation, Incarnation};
 
@@ -237,6 +237,8 @@ pub struct PolicySection {
     pub on_backup_loss: OnBackupLoss,
     /// Whether the recorded owner boots anew after everything was lost.
     pub cold_start: ColdStart,
+    /// Whether a fenced side becomes the backup by itself.
+    pub rejoin: Rejoin,
 }
 
 /// `[limits]`, all in bytes.
@@ -522,6 +524,7 @@ impl PairConfig {
             highest_generation: highest,
             on_backup_loss: self.policy.on_backup_loss,
             cold_start: self.policy.cold_start,
+            rejoin: self.policy.rejoin,
             force_cold_boot: false,
             timers: CoreTimers {
                 solo: self.timers.solo,

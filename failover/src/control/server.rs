@@ -278,6 +278,7 @@ fn handle(stream: &UnixStream, shared: &Shared, line: &[u8], asked_by: (u32, i32
         Request::Stop {} => Command::Stop,
         Request::Protect {} => Command::Protect,
         Request::Unprotect {} => Command::Unprotect,
+        Request::Rejoin {} => Command::Rejoin,
     };
     log::info!("control: {command:?} asked by user {}, process {}", asked_by.0, asked_by.1);
     let (replies, inbox) = bounded(PROGRESS);

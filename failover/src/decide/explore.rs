@@ -63,10 +63,13 @@ impl Core {
 
     fn canonicalise_state(&mut self, shift: Shift) {
         match &mut self.state {
-            State::Draining { until, .. }
-            | State::HandingOver { until, .. }
-            | State::Forcing { until, .. }
-            | State::Fenced { until, .. } => *until = shift.future(*until),
+            State::Draining { until, .. } | State::HandingOver { until, .. } | State::Forcing { until, .. } => {
+                *until = shift.future(*until)
+            }
+            State::Fenced { until, rejoin_at, .. } => {
+                *until = shift.future(*until);
+                *rejoin_at = rejoin_at.map(|at| shift.future(at));
+            }
             State::Stopping { note, until, .. } => (*note, *until) = ("", shift.future(*until)),
             _ => {}
         }

@@ -20,6 +20,7 @@ use crate::permit::RunPermit;
 use crate::reason::ReasonCode;
 
 pub(crate) mod explore;
+mod fenced;
 mod owner;
 mod standby;
 mod start;
@@ -29,7 +30,7 @@ mod view;
 
 pub use types::{
     Action, Answer, ArbiterRequest, ColdStart, Command, CommandOutcome, CoreConfig, CoreTimers, FenceReason, Gate,
-    GoodbyeReason, GuestEnd, Input, LinkLoss, OnBackupLoss, OpId, PeerReport, Role, StateName, Ticket,
+    GoodbyeReason, GuestEnd, Input, LinkLoss, OnBackupLoss, OpId, PeerReport, Rejoin, Role, StateName, Ticket,
 };
 pub use view::View;
 
@@ -55,7 +56,7 @@ enum State {
     Standby,
     TakingOver,
     Forcing { ticket: Ticket, without_arbiter: bool, fenced: Option<FenceReason>, until: Duration },
-    Fenced { reason: FenceReason, until: Duration },
+    Fenced { reason: FenceReason, until: Duration, rejoin_at: Option<Duration> },
     Ended,
 }
 
@@ -234,7 +235,7 @@ impl Core {
                 State::Forcing { ticket, without_arbiter, fenced, until } => {
                     self.advance_forcing(ticket, without_arbiter, fenced, until, now, out);
                 }
-                State::Fenced { reason, until } => self.advance_fenced(reason, until, now, out),
+                State::Fenced { reason, until, rejoin_at } => self.advance_fenced(reason, until, rejoin_at, now, out),
                 State::Ended => {}
             }
             if before == (self.state.clone(), self.op.is_some()) {
@@ -457,7 +458,7 @@ impl Core {
             // Granted, by whichever of our requests: the record names this very process.
             _ if owned && generation > self.permitted => self.granted(generation, now, out),
             Some(mine) if !owned || generation > mine => self.superseded(now, out),
-            _ => {}
+            _ => self.isolation_ends(now),
         }
     }
 
@@ -502,52 +503,6 @@ impl Core {
         if let Some(ticket) = ticket {
             let text = format!("this side runs in generation {generation}");
             out.push(Action::Reply { ticket, outcome: CommandOutcome::Done(text) });
-        }
-    }
-
-    /// Somebody else has, or may have, the right to run.
-    fn superseded(&mut self, now: Duration, out: &mut Vec<Action>) {
-        match self.state {
-            State::Stopping { .. } => {
-                out.push(Action::HoldOutput);
-                self.mine = None;
-                self.stop_reply("stopped; the other side runs the guest", out);
-                self.reason = ReasonCode::Superseded;
-                self.exit(ExitCode::Fenced, out);
-            }
-            State::HandingOver { ticket, .. } => {
-                self.fence(FenceReason::HandedOver, now, out);
-                let text = format!("{} runs in generation {}", self.config.peer, self.highest);
-                out.push(Action::Reply { ticket, outcome: CommandOutcome::Done(text) });
-            }
-            State::Draining { ticket, .. } => {
-                self.fence(FenceReason::Superseded, now, out);
-                let text = format!("{} took over in the meantime", self.config.peer);
-                out.push(Action::Reply { ticket, outcome: CommandOutcome::Done(text) });
-            }
-            _ => self.fence(FenceReason::Superseded, now, out),
-        }
-    }
-
-    fn fence(&mut self, reason: FenceReason, now: Duration, out: &mut Vec<Action>) {
-        let (code, keep) = match reason {
-            FenceReason::Superseded => (ReasonCode::Superseded, self.config.timers.fenced_keep),
-            FenceReason::Isolated => (ReasonCode::Isolated, self.config.timers.fenced_keep),
-            FenceReason::HandedOver => (ReasonCode::HandedOver, self.config.timers.handed_over_keep),
-        };
-        self.mine = None;
-        self.gate = Gate::Held;
-        self.paused = true;
-        self.waiting = None;
-        self.detector.forget();
-        out.push(Action::HoldOutput);
-        out.push(Action::Fence { reason });
-        self.go(State::Fenced { reason, until: now.saturating_add(keep) }, code, now);
-    }
-
-    fn advance_fenced(&mut self, reason: FenceReason, until: Duration, now: Duration, out: &mut Vec<Action>) {
-        if now >= until {
-            self.exit(fence_exit(reason), out);
         }
     }
 
@@ -598,7 +553,8 @@ impl Core {
         let to = self.state_name();
         if to != self.announced {
             // Before an exit, so that the line is written.
-            let at = out.iter().position(|action| matches!(action, Action::Exit(_))).unwrap_or(out.len());
+            let ends = |action: &Action| matches!(action, Action::Exit(_) | Action::Rejoin);
+            let at = out.iter().position(ends).unwrap_or(out.len());
             let generation = self.mine.unwrap_or(self.highest);
             let line = Action::Announce { from: self.announced, to, reason: self.reason, generation };
             out.insert(at, line);
@@ -651,14 +607,6 @@ fn ask_first(out: &mut Vec<Action>) {
     {
         let request = out.remove(ask);
         out.insert(drop, request);
-    }
-}
-
-const fn fence_exit(reason: FenceReason) -> ExitCode {
-    match reason {
-        FenceReason::Superseded => ExitCode::Fenced,
-        FenceReason::Isolated => ExitCode::Isolated,
-        FenceReason::HandedOver => ExitCode::HandedOver,
     }
 }
 

@@ -88,6 +88,7 @@ impl Core {
         match command {
             Command::Stop => self.stop(ticket, now, out),
             Command::ForceTakeover { without_arbiter } => self.force(ticket, without_arbiter, now, out),
+            Command::Rejoin => self.rejoin(ticket, now, out),
             Command::Switchover => match self.state.clone() {
                 State::Protected { backup } => {
                     out.push(Action::BeginSwitchover);

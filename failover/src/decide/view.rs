@@ -126,8 +126,10 @@ impl Core {
             State::Stopping { until, .. }
             | State::Draining { until, .. }
             | State::HandingOver { until, .. }
-            | State::Forcing { until, .. }
-            | State::Fenced { until, .. } => Some(*until),
+            | State::Forcing { until, .. } => Some(*until),
+            State::Fenced { until, rejoin_at, .. } => {
+                Some(rejoin_at.filter(|at| *at > now).unwrap_or(*until).min(*until))
+            }
             State::Contending { .. } => self.isolated_at(),
             State::Solo if self.waiting.is_some() => Some(self.protect_after),
             State::Ended => return None,

@@ -15,7 +15,7 @@ use vmm::MachineEvent;
 
 use crate::dial::{self, Streams};
 use crate::events;
-use crate::host::{Flow, Host, HostEvent, wire_goodbye};
+use crate::host::{Ending, Flow, Host, HostEvent, wire_goodbye};
 use crate::link::{Link, LinkEnd, LinkEvent};
 use crate::protect::Session;
 use crate::pulse::{self, PulseHandle, PulseReport};
@@ -39,6 +39,8 @@ pub enum OwnerEvent {
     Runner(RunnerEvent),
 }
 
+/// Longest pause between two attempts to reach a backup. When a base may be copied to it is the decision core's business.
+const DIAL_INTERVAL: Duration = Duration::from_millis(200);
 /// How often the status is brought up to date when nothing happens.
 const STATUS_INTERVAL: Duration = Duration::from_millis(100);
 /// Events handled before time is looked at again.
@@ -88,17 +90,17 @@ impl Owner {
         (tell, events): (Sender<OwnerEvent>, Receiver<OwnerEvent>),
     ) -> Self {
         let peer = host.peer_address();
-        let course = Course::new(host.config.timers.protect_retry, last_epoch);
+        let course = Course::new(host.config.timers.protect_retry.min(DIAL_INTERVAL), last_epoch);
         Self { host, runner, course, connections: None, peer, events, tell, guest }
     }
 
     /// Runs until the decision core says that the process ends.
-    pub fn run(mut self, pending: Vec<Action>) -> ExitCode {
+    pub fn run(mut self, pending: Vec<Action>) -> Ending {
         let orders = self.course.adopt(pending, self.host.clock.now());
         let mut flow = self.carry_out_all(orders);
         loop {
-            if let Flow::Exit(code) = flow {
-                return self.end(code);
+            if let Some(ending) = flow.ending() {
+                return self.end(ending);
             }
             flow = self.step();
         }
@@ -126,7 +128,7 @@ impl Owner {
                 _ => break,
             }
         }
-        if let Flow::Exit(_) = flow {
+        if flow != Flow::GoOn {
             return flow;
         }
         let flow = self.on_time();
@@ -153,8 +155,9 @@ impl Owner {
     fn on_time(&mut self) -> Flow {
         if self.host.terminate_requested() {
             let stop = self.host.stop_command();
-            if let Flow::Exit(code) = self.tell_course(Event::Input(stop)) {
-                return Flow::Exit(code);
+            let flow = self.tell_course(Event::Input(stop));
+            if flow != Flow::GoOn {
+                return flow;
             }
         }
         let now = self.host.clock.now();
@@ -311,8 +314,9 @@ impl Owner {
 
     fn carry_out_all(&mut self, orders: Vec<Order>) -> Flow {
         for order in orders {
-            if let Flow::Exit(code) = self.carry_out(order) {
-                return Flow::Exit(code);
+            let flow = self.carry_out(order);
+            if flow != Flow::GoOn {
+                return flow;
             }
         }
         Flow::GoOn
@@ -384,6 +388,7 @@ impl Owner {
                 self.runner.final_checkpoint();
             }
             Action::Exit(code) => return Flow::Exit(code),
+            Action::Rejoin => return Flow::Rejoin,
             other => log::error!("an action that is not for a side that runs the guest: {other:?}"),
         }
         Flow::GoOn
@@ -429,7 +434,7 @@ impl Owner {
     }
 
     /// Ends in order: what was said on the link is on its way, the machine's threads are gone.
-    fn end(mut self, code: ExitCode) -> ExitCode {
+    fn end(mut self, ending: Ending) -> Ending {
         self.refresh_status();
         self.host.desk.ending();
         if let Some(connections) = self.connections.take() {
@@ -441,7 +446,7 @@ impl Owner {
         }
         failpoint!(Exit);
         self.runner.shut_down();
-        code
+        ending
     }
 
     /// Waits until the link has sent its goodbye and closed.

@@ -57,6 +57,7 @@ struct Report {
     takeovers: u64,
     boots: u64,
     fenced: u64,
+    rejoined: u64,
     solo_for_loss: u64,
     protections: u64,
     refused_connections: u64,
@@ -230,8 +231,20 @@ fn progress(args: &Args, next: &AtomicU64, stop: &AtomicBool, began: Instant) {
 }
 
 fn report(args: &Args, sum: &Sum, threads: usize, wall: Duration) -> Report {
-    let Seen { epochs, commits, bases, released, answers, takeovers, boots, fenced, solos, protections, refusals } =
-        sum.seen;
+    let Seen {
+        epochs,
+        commits,
+        bases,
+        released,
+        answers,
+        takeovers,
+        boots,
+        fenced,
+        solos,
+        protections,
+        refusals,
+        rejoins,
+    } = sum.seen;
     #[expect(clippy::cast_precision_loss, reason = "a rate for people")]
     let rate = epochs as f64 / wall.as_secs_f64() / threads as f64;
     Report {
@@ -250,6 +263,7 @@ fn report(args: &Args, sum: &Sum, threads: usize, wall: Duration) -> Report {
         takeovers,
         boots,
         fenced,
+        rejoined: rejoins,
         solo_for_loss: solos,
         protections,
         refused_connections: refusals,
@@ -271,6 +285,7 @@ fn print(report: &Report, args: &Args) {
         ("takeovers", report.takeovers),
         ("boots", report.boots),
         ("sides fenced", report.fenced),
+        ("rejoined as backup", report.rejoined),
         ("solo after a loss", report.solo_for_loss),
         ("protections", report.protections),
         ("connections refused", report.refused_connections),

@@ -523,6 +523,7 @@ impl Turn<'_> {
             Deed::ResumeFenced(generation) => self.resume_fenced(generation)?,
             Deed::BeginSwitchover => self.owner().last_asked = true,
             Deed::SayGoodbye(reason) => self.say_goodbye(reason),
+            Deed::Rejoin => return self.rejoin(),
             Deed::Exit(code) => return Ok(self.end_owner(code)),
             other => return Err(format!("not for a side that runs the guest: {other:?}")),
         }

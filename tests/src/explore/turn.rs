@@ -207,6 +207,16 @@ impl<'a> Turn<'a> {
         self.decide(Input::Started)
     }
 
+    /// A fenced side drops its guest and becomes the program that waits.
+    pub(super) fn rejoin(&mut self) -> Result<Flow, Violation> {
+        let node = node_ref(self.at, 0).node;
+        let elsewhere = self.world.register.as_ref().is_some_and(|stored| stored.record.owner.node != node);
+        if !elsewhere && !self.world.ghost.forced {
+            return Err("G12: a side drops a guest that nobody else owns".to_owned());
+        }
+        self.become_backup()
+    }
+
     /// The guest boots under a permit.
     pub(super) fn boot(&mut self, generation: u8, rest: &[Deed]) -> Result<Flow, Violation> {
         self.world.ghost.permit(generation)?;

@@ -82,6 +82,7 @@ fn command(line: &[u8]) -> Option<Command> {
         Request::Stop {} => Some(Command::Stop),
         Request::Protect {} => Some(Command::Protect),
         Request::Unprotect {} => Some(Command::Unprotect),
+        Request::Rejoin {} => Some(Command::Rejoin),
     }
 }
 

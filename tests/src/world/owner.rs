@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use failover::RunPermit;
 use failover::decide::{Action, GuestEnd, Input, LinkLoss};
+use failover::exit::ExitCode;
 use primary::bulk::{BaseCopy, BaseStep, hashes_of};
 use primary::disk::OwnerDisks;
 use primary::epoch::{Afterwards, EpochParts, StagedCheckpoint, stage};
@@ -523,6 +524,7 @@ impl OwnerPart {
         let action = match base.carry_out(action, env) {
             Ok(Flow::GoOn) => return None,
             Ok(Flow::Exit(code)) => return Some(code),
+            Ok(Flow::Rejoin) => unreachable!("an action of its own"),
             Err(action) => action,
         };
         match action {
@@ -547,6 +549,12 @@ impl OwnerPart {
                 _ => env.note(|| "a last checkpoint came too late for its link".into()),
             },
             Action::Exit(code) => return Some(code),
+            // As the real process does: it becomes the other program, with a new incarnation.
+            Action::Rejoin => {
+                env.drops_guest(&base.me);
+                env.become_backup(base.who);
+                return Some(ExitCode::Ok);
+            }
             other => panic!("an action that is not for a side that runs the guest: {other:?}"),
         }
         base.flush(env);

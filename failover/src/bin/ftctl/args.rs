@@ -41,6 +41,8 @@ pub(crate) enum Action {
     Protect(WaitArgs),
     /// Go on without a backup until `protect`
     Unprotect(WaitArgs),
+    /// Make a fenced side drop the guest that it keeps, and become the backup
+    Rejoin(WaitArgs),
     /// Check the configuration
     #[command(subcommand)]
     Config(ConfigAction),
@@ -90,6 +92,12 @@ pub(crate) struct FailoverArgs {
     /// Do not ask
     #[arg(long, short)]
     pub(crate) yes: bool,
+    /// Wait until the pair is protected again, with the roles swapped (the default on a terminal). Interrupting this changes nothing
+    #[arg(long, conflicts_with = "force")]
+    pub(crate) wait: bool,
+    /// Return as soon as the guest runs on the other node
+    #[arg(long, conflicts_with = "wait")]
+    pub(crate) no_wait: bool,
     /// How long to wait for the result
     #[arg(long, value_parser = duration, default_value = "60s", value_name = "TIME")]
     pub(crate) timeout: Duration,

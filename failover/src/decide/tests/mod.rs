@@ -2,5 +2,6 @@
 
 mod matrix;
 mod random;
+mod rejoin;
 mod rules;
 mod world;
