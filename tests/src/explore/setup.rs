@@ -262,6 +262,7 @@ impl Setup {
                 lives: [2, 1],
                 epochs: 2,
                 arbiter_fails: true,
+                kills: false,
                 rejoin: Rejoin::AtOnce,
                 timers: CoreTimers { isolation_halt: TICK, ..timers() },
                 ..Self::base(
