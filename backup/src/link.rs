@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use bytes::Bytes;
-use crossbeam::channel::{Receiver, Sender, unbounded};
+use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
 use failover::failpoint;
 use mio::net::{TcpListener, TcpStream};
 use mio::{Events, Interest, Poll, Registry, Token, Waker};
@@ -76,6 +76,8 @@ pub enum News {
 #[derive(Default)]
 pub struct LinkShared {
     stopping: AtomicBool,
+    /// Nothing may be committed or acknowledged any more.
+    sealing: AtomicBool,
     /// Highest generation known to this process.
     generation: AtomicU64,
     /// Connections that ended with a protocol error, strangers included.
@@ -93,6 +95,7 @@ pub struct LinkHandle {
 /// The link's thread.
 pub struct LinkThread {
     handle: LinkHandle,
+    sealed: Receiver<Holding>,
     thread: JoinHandle<(Holding, Inbound)>,
 }
 
@@ -135,7 +138,9 @@ impl LinkBuilder {
         tell: impl Fn(LinkEvent) + Send + 'static,
     ) -> io::Result<LinkThread> {
         let Self { listener, poll, handle, news } = self;
+        let (tell_sealed, sealed) = bounded(1);
         let state = Server {
+            tell_sealed: Some(tell_sealed),
             listener,
             poll,
             waker: Arc::clone(&handle.waker),
@@ -151,7 +156,7 @@ impl LinkBuilder {
             tell: Box::new(tell),
         };
         let thread = std::thread::Builder::new().name("ft-link".into()).spawn(move || state.run())?;
-        Ok(LinkThread { handle, thread })
+        Ok(LinkThread { handle, sealed, thread })
     }
 }
 
@@ -187,8 +192,16 @@ impl LinkThread {
         self.handle.clone()
     }
 
-    /// Ends the thread: when this returns, nothing is committed or acknowledged any more and the incomplete epoch is dropped. Hands over the frames that
-    /// reached the guest after the last commit.
+    /// When this returns, nothing is committed or acknowledged any more and the incomplete epoch is dropped. Frames that still reach the side that ran the
+    /// guest are taken until [`Self::close`].
+    pub fn seal(&self) -> Holding {
+        self.handle.shared.sealing.store(true, Ordering::Release);
+        self.handle.wake();
+        // The thread seals before it ends, whatever ends it.
+        self.sealed.recv().expect("the link thread does not panic")
+    }
+
+    /// Ends the thread, and commits with it. Hands over the frames that reached the guest after the last commit.
     pub fn close(self) -> (Holding, Inbound) {
         self.handle.shared.stopping.store(true, Ordering::Release);
         self.handle.wake();
@@ -210,6 +223,8 @@ struct Data {
 }
 
 struct Server {
+    /// Taken when commits have ended.
+    tell_sealed: Option<Sender<Holding>>,
     listener: TcpListener,
     poll: Poll,
     waker: Arc<Waker>,
@@ -239,6 +254,9 @@ impl Server {
                 }
                 Ok(()) => {}
             }
+            if self.shared.sealing.load(Ordering::Acquire) {
+                self.seal();
+            }
             for event in &ready {
                 match event.token() {
                     LISTENER => self.accept(),
@@ -250,8 +268,22 @@ impl Server {
             self.serve_data(&mut buffer);
             self.close_slow_strangers();
         }
-        // Rule R2: nothing is acknowledged once the takeover is known here.
+        self.seal();
         self.intake.close()
+    }
+
+    /// Rule R2: nothing is acknowledged once the takeover is known here.
+    fn seal(&mut self) {
+        if let Some(tell) = self.tell_sealed.take() {
+            // Nobody waits for it when the whole link ends.
+            tell.send(self.intake.seal()).ok();
+        }
+    }
+
+    /// Whether something more important than the primary's bytes waits.
+    fn is_called_off(&self) -> bool {
+        let sealing = self.tell_sealed.is_some() && self.shared.sealing.load(Ordering::Acquire);
+        sealing || self.shared.stopping.load(Ordering::Acquire)
     }
 
     // ---- strangers ---------------------------------------------------------------------------------------------------------------
@@ -363,10 +395,10 @@ impl Server {
         }
         for _ in 0..READS_AT_ONCE {
             self.transmit()?;
-            let Some(data) = &mut self.data else { return Ok(()) };
-            if self.shared.stopping.load(Ordering::Acquire) {
-                return Ok(());
+            if self.is_called_off() {
+                break;
             }
+            let Some(data) = &mut self.data else { return Ok(()) };
             self.intake.raise_generation(Generation(self.shared.generation.load(Ordering::Acquire)))?;
             match data.stream.read(buffer) {
                 Ok(0) => self.intake.handle_eof()?,

@@ -52,6 +52,7 @@ reasons! {
     BackupDropped, "backup_dropped", "this side closed the connection to the backup", "see the log for the cause; resync starts by itself";
     NotInSync, "not_in_sync", "the record does not name a backup in sync any more", "wait; resync starts by itself";
     Unprotected, "unprotected", "an operator switched protection off", "`ftctl protect` switches it on again";
+    ProtectionPaused, "protection_paused", "an operator paused protection for a time", "wait, or `ftctl protect` ends the pause now";
     Offered, "offered", "waiting for an owner to send its base", "";
     OwnedElsewhere, "owned_elsewhere", "the record names the other node as the owner", "";
     RecordNamesBackup, "record_names_backup", "the record names a backup in sync: it may take over, so this node does not boot", "if both nodes lost the guest, start ft-primary with `--force-cold-boot` on the owner";

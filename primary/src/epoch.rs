@@ -191,6 +191,9 @@ pub fn stage(
     let began = paused.began();
     // 3. Outputs so far belong to this epoch; before resume, once.
     let sealing = Instant::now();
+    if afterwards == Afterwards::StaysStopped {
+        parts.gate.keep(epoch);
+    }
     let held = parts.gate.seal(epoch).ok_or(CheckpointError::Fenced)?;
     let seal = sealing.elapsed();
     failpoint!(EpochSealed => return Err(CaptureError::Host { what: "state".into(), source: failpoint::injected() }.into()));

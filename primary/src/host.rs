@@ -14,7 +14,7 @@ use failover::exit::ExitCode;
 use failover::generation::StateDir;
 use replication_proto::{Epoch, Facts, Identity, NodeName, RamLayout, Refuse, SenderConfig};
 
-use crate::announce::announce;
+use crate::announce::{announce, frames};
 use crate::clock::Clock;
 use crate::decider::{Decider, voice};
 use crate::desk::{Desk, Scene};
@@ -142,6 +142,12 @@ impl Host {
     /// The guest's MAC addresses, by network device.
     pub fn macs(&self) -> Vec<[u8; 6]> {
         vec![self.config.vm.mac().0]
+    }
+
+    /// The guest will run here: switches learn its place by its MAC addresses, before it is known which addresses it speaks from.
+    pub fn claim_place(&self) {
+        self.gate.hold();
+        frames(&self.macs(), &[]).iter().for_each(|(nic, frame)| self.gate.send_for_guest(*nic, frame));
     }
 
     /// The guest is about to run here, wherever it ran before: what it says is kept until the decision core says what becomes of it, and the LAN

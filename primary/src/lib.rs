@@ -42,6 +42,7 @@ pub mod ram_digest;
 pub mod rejoin;
 pub mod runner;
 pub mod setup;
+pub mod silent;
 pub mod staging;
 pub mod start;
 pub mod stream;

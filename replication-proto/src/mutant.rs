@@ -54,11 +54,13 @@ pub enum Mutant {
     AckBeforeStable,
     /// A side that halted because it reached nobody drops its guest and offers itself as the backup, whoever owns the guest.
     IsolatedRejoins,
+    /// A pause of protection never ends by itself.
+    PauseForEver,
 }
 
 impl Mutant {
     /// Every one of them.
-    pub const ALL: [Self; 25] = [
+    pub const ALL: [Self; 26] = [
         Self::SoloWithoutCas,
         Self::TakeoverWithoutCas,
         Self::RecordWithoutIncarnation,
@@ -84,6 +86,7 @@ impl Mutant {
         Self::PairingLostIsNeverNamed,
         Self::AckBeforeStable,
         Self::IsolatedRejoins,
+        Self::PauseForEver,
     ];
 }
 

@@ -1,7 +1,7 @@
 //! The side that waits: carries what happens to [`course`] and carries out what it orders, until this side runs the guest.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use crossbeam::channel::{Receiver, Sender, select, unbounded};
@@ -16,6 +16,7 @@ use primary::owner::{Owner, OwnerEvent};
 use primary::pulse::{self, HeartbeatStream, PulseHandle, PulseReport};
 use primary::runner::Runner;
 use primary::setup::SetupError;
+use primary::silent::SilentTaps;
 use replication_proto::{DiskStanding, Epoch, Pulse, ReceiverConfig, ReceiverLimits, Standing};
 use vmm::FramePort;
 
@@ -25,7 +26,6 @@ use crate::disk::DiskKeeper;
 use crate::inbox::Inbox;
 use crate::intake::{Intake, IntakeEvent, LinkEnd};
 use crate::link::{LinkBuilder, LinkEvent, LinkHandle, News};
-use crate::silent::SilentTaps;
 use crate::standby::{AppliedNews, Standby};
 
 pub mod course;
@@ -78,6 +78,8 @@ pub struct Waiter {
     link: LinkHandle,
     pulses: Vec<PulseHandle>,
     course: Course,
+    /// When the owner said that it hands the guest over, and for how long that had been standing still by then.
+    still: Option<(Instant, Duration)>,
     events: Receiver<WaitEvent>,
     tell: Sender<WaitEvent>,
 }
@@ -130,7 +132,7 @@ impl Waiter {
         let taps = SilentTaps::listen(ports).map_err(failed("the silent taps"))?;
         let link = thread.handle();
         let waiting = Waiting { link: thread, applier: applier_thread, disks, standby, taps };
-        Ok(Self { host, waiting, link, pulses: Vec::new(), course: Course::default(), events, tell })
+        Ok(Self { host, waiting, link, pulses: Vec::new(), course: Course::default(), still: None, events, tell })
     }
 
     /// Waits until this side runs the guest, and then runs it; until the decision core says that the process ends.
@@ -177,7 +179,10 @@ impl Waiter {
             }
         }
         let end = end.or_else(|| self.on_time());
-        self.link.raise_generation(self.host.identity().generation);
+        if end.is_none() {
+            // Of a side that is about to run, the activation closes the link.
+            self.link.raise_generation(self.host.identity().generation);
+        }
         let committed = self.course.committed();
         self.host.refresh_status(committed, committed, self.course.is_connected());
         end
@@ -229,6 +234,10 @@ impl Waiter {
                 if let LinkEnd::Protocol(error) = end {
                     self.host.desk.protocol_error(error.code());
                 }
+            }
+            IntakeEvent::Goodbye(_, goodbye) => {
+                // How long the guest has been standing still, as the owner says.
+                self.still = goodbye.text.parse().ok().map(|us| (Instant::now(), Duration::from_micros(us)));
             }
             _ => {}
         }
@@ -297,7 +306,7 @@ impl Waiter {
     // ---- the end of the wait -----------------------------------------------------------------------------------------------------
 
     fn become_owner(self, permit: RunPermit, pending: Vec<Action>) -> Ending {
-        let Self { host, waiting, pulses, .. } = self;
+        let Self { mut host, waiting, pulses, still, .. } = self;
         pulses.iter().for_each(PulseHandle::close);
         let guest = waiting.standby.machine().events();
         let (tell, events) = unbounded();
@@ -309,6 +318,9 @@ impl Waiter {
             Ok(Activated { runner, epoch, resent, ram_digest, took }) => {
                 let activate_us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
                 let ram_digest = ram_digest.map(|digest| format!("{digest:032x}"));
+                if let Some((heard, still)) = still {
+                    host.desk.note_gap(still + heard.elapsed());
+                }
                 host.events.write(&FileEvent::Activated { activate_us, epoch, resent, ram_digest });
                 Owner::new(host, runner, guest, epoch, (tell, events)).run(pending)
             }

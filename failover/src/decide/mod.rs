@@ -21,6 +21,7 @@ use crate::reason::ReasonCode;
 
 pub(crate) mod explore;
 mod fenced;
+mod moves;
 mod owner;
 mod standby;
 mod start;
@@ -36,6 +37,8 @@ pub use view::View;
 
 /// A protection that held for this long forgets earlier losses.
 const STABLE: Duration = Duration::from_secs(60);
+/// After more than one loss in short order a backup counts only when its connection has stood for this long.
+const STEADY: Duration = Duration::from_secs(5);
 /// Repeated losses double the pause before the next base copy up to `2^MAX_STRIKES` times.
 const MAX_STRIKES: u32 = 6;
 
@@ -73,6 +76,22 @@ struct Outstanding {
     id: OpId,
     request: Request,
     issued: Duration,
+}
+
+/// Whether backups are taken on.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+enum Protection {
+    On,
+    Off,
+    /// Not before.
+    PausedUntil(Duration),
+}
+
+/// A backup asks its owner for the guest, because an operator wants it here.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Asks {
+    ticket: Ticket,
+    until: Duration,
 }
 
 /// What a standby knows of its own worth.
@@ -128,7 +147,10 @@ pub struct Core {
     standby: StandbyFacts,
     /// A backup that is connected and waits for its base.
     waiting: Option<NodeRef>,
-    protect: bool,
+    protection: Protection,
+    /// The owner's backup asks for the guest, as far as it said last.
+    asked_for: bool,
+    asks: Option<Asks>,
     protect_after: Duration,
     protected_since: Option<Duration>,
     strikes: u32,
@@ -170,7 +192,9 @@ impl Core {
             report: None,
             standby: StandbyFacts::default(),
             waiting: None,
-            protect: true,
+            protection: Protection::On,
+            asked_for: false,
+            asks: None,
             protect_after: Duration::ZERO,
             protected_since: None,
             strikes: 0,
@@ -195,7 +219,7 @@ impl Core {
         match input {
             Input::Started => self.started(now, out),
             Input::Arbiter { op, answer } => self.answered(op, answer, now, out),
-            Input::PeerHeard { peer, report } => self.peer_heard(&peer, report, now),
+            Input::PeerHeard { peer, report } => self.peer_heard(&peer, report, now, out),
             Input::PeerGoodbye { peer, reason } => self.peer_goodbye(&peer, reason),
             Input::LinkLost(loss) => self.link_lost(loss, now, out),
             Input::HigherGenerationSeen(generation) => self.higher_generation(generation, now, out),
@@ -214,6 +238,11 @@ impl Core {
 
     /// Pursues the goal of the present state until there is nothing left to do at `now`.
     fn advance(&mut self, now: Duration, out: &mut Vec<Action>) {
+        if matches!(self.protection, Protection::PausedUntil(until) if now >= until) && !is(Mutant::PauseForEver) {
+            self.protection = Protection::On;
+            self.reason = if self.state == State::Solo { ReasonCode::WaitingForBackup } else { self.reason };
+        }
+        self.stop_asking(now, out);
         // Each round changes the state, makes a request, or ends the loop; no chain of states is longer than this.
         for _ in 0..16 {
             let before = (self.state.clone(), self.op.is_some());
@@ -498,8 +527,10 @@ impl Core {
         self.protect_after = now;
         self.strikes = 0;
         self.protected_since = None;
+        self.asked_for = false;
         self.go(State::Solo, reason, now);
         self.open(out);
+        let ticket = ticket.or(self.asks.take().map(|asks| asks.ticket));
         if let Some(ticket) = ticket {
             let text = format!("this side runs in generation {generation}");
             out.push(Action::Reply { ticket, outcome: CommandOutcome::Done(text) });
@@ -562,7 +593,7 @@ impl Core {
         }
     }
 
-    fn peer_heard(&mut self, peer: &NodeRef, report: Option<PeerReport>, now: Duration) {
+    fn peer_heard(&mut self, peer: &NodeRef, report: Option<PeerReport>, now: Duration, out: &mut Vec<Action>) {
         if peer.node != self.config.peer {
             return;
         }
@@ -570,6 +601,7 @@ impl Core {
             self.standby.declined = None;
             if let Some(report) = report {
                 self.report = Some((now, report));
+                self.peer_asks(report.asks, now, out);
                 let in_sync =
                     self.known.as_ref().is_some_and(|known| known.record.in_sync.as_ref() == Some(&self.config.me));
                 if self.mine.is_none() && report.protected && !in_sync {

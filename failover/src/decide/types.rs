@@ -165,6 +165,8 @@ pub struct PeerReport {
     pub arbiter_age: Option<Duration>,
     /// The owner says that it is PROTECTED.
     pub protected: bool,
+    /// The backup asks for the guest: an operator wants it there.
+    pub asks: bool,
 }
 
 /// Why a side takes its leave on the link.
@@ -201,7 +203,7 @@ pub enum GuestEnd {
 /// What an operator asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Command {
-    /// Planned: the owner hands the guest to its backup; nothing is lost.
+    /// Planned: the owner hands the guest to its backup; nothing is lost. A backup in sync asks its owner for that.
     Switchover,
     /// R11: take over although the record does not allow it by itself. The shell has checked the confirmation.
     ForceTakeover {
@@ -214,6 +216,11 @@ pub enum Command {
     Protect,
     /// Go on without a backup, and take none on.
     Unprotect,
+    /// The same for so long; then backups are taken on again, whether somebody still remembers it or not.
+    PauseProtection {
+        /// How long.
+        length: Duration,
+    },
     /// A fenced side drops the guest that it keeps, and becomes the backup.
     Rejoin,
 }

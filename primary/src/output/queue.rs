@@ -92,6 +92,10 @@ pub struct OutputQueue {
     /// First epoch sealed since outputs are held: its checkpoint covers everything that was ever let out.
     covering: Option<Epoch>,
     committed: Option<Epoch>,
+    /// From this epoch on a commit releases no frames.
+    kept_from: Option<Epoch>,
+    /// Frames of committed epochs that were not released for that reason.
+    kept: Vec<Held>,
     held_bytes: usize,
     held_count: usize,
     counters: QueueCounters,
@@ -108,6 +112,8 @@ impl OutputQueue {
             last_sealed: None,
             covering: None,
             committed: None,
+            kept_from: None,
+            kept: Vec::new(),
             held_bytes: 0,
             held_count: 0,
             counters: QueueCounters::default(),
@@ -172,6 +178,12 @@ impl OutputQueue {
         Some(travelling)
     }
 
+    /// The frames of `epoch` and later ones do not leave on commit: the side that takes the guest over says them, after it has announced itself. They wait
+    /// for [`Self::open`], in case it does not. Console bytes leave as ever: nobody says them again.
+    pub fn keep(&mut self, epoch: Epoch) {
+        self.kept_from = Some(epoch);
+    }
+
     /// The backup holds every epoch up to this one. In [`Mode::OnCommit`] their outputs are returned, in order.
     pub fn committed(&mut self, epoch: Epoch, now: Duration) -> Vec<Released> {
         self.committed = Some(self.committed.map_or(epoch, |c| c.max(epoch)));
@@ -200,10 +212,12 @@ impl OutputQueue {
     /// Solo: everything that waits leaves, in order, and so does all that follows. Only after the record says so (rule R3).
     pub fn open(&mut self, now: Duration) -> Vec<Released> {
         self.mode = Mode::Open;
-        let mut waiting: Vec<Held> = self.sealed.drain(..).flat_map(|(_, held)| held).collect();
+        let mut waiting = std::mem::take(&mut self.kept);
+        waiting.extend(self.sealed.drain(..).flat_map(|(_, held)| held));
         waiting.append(&mut self.current);
         self.covering = None;
         self.committed = None;
+        self.kept_from = None;
         self.release(waiting, now)
     }
 
@@ -213,6 +227,7 @@ impl OutputQueue {
         self.counters.discarded += u64::try_from(self.held_count).unwrap_or(u64::MAX);
         self.sealed.clear();
         self.current.clear();
+        self.kept.clear();
         self.held_bytes = 0;
         self.held_count = 0;
     }
@@ -224,9 +239,15 @@ impl OutputQueue {
             if *epoch > committed {
                 break;
             }
-            if let Some((_, held)) = self.sealed.pop_front() {
+            let Some((epoch, held)) = self.sealed.pop_front() else { break };
+            if self.kept_from.is_none_or(|from| epoch < from) {
                 leaving.extend(held);
+                continue;
             }
+            let (frames, console): (Vec<Held>, Vec<Held>) =
+                held.into_iter().partition(|held| matches!(held.output, Output::Frame { .. }));
+            self.kept.extend(frames);
+            leaving.extend(console);
         }
         self.release(leaving, now)
     }

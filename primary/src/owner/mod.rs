@@ -73,6 +73,8 @@ pub struct Owner {
     runner: Runner,
     course: Course,
     connections: Option<Connections>,
+    /// Since when the guest stands still for a switchover.
+    stopped_since: Option<Duration>,
     peer: SocketAddr,
     events: Receiver<OwnerEvent>,
     tell: Sender<OwnerEvent>,
@@ -91,7 +93,7 @@ impl Owner {
     ) -> Self {
         let peer = host.peer_address();
         let course = Course::new(host.config.timers.protect_retry.min(DIAL_INTERVAL), last_epoch);
-        Self { host, runner, course, connections: None, peer, events, tell, guest }
+        Self { host, runner, course, connections: None, stopped_since: None, peer, events, tell, guest }
     }
 
     /// Runs until the decision core says that the process ends.
@@ -240,6 +242,9 @@ impl Owner {
             LinkEvent::Closed(end) => {
                 if !self.course.is_leaving(session) {
                     self.note_end(&end);
+                } else if let (LinkEnd::EndOfFile | LinkEnd::Io(_), Some(still)) = (&end, self.stood_still()) {
+                    // The last thing that a new owner does before it runs the guest.
+                    self.host.desk.note_gap(still);
                 }
                 let loss = match end {
                     LinkEnd::EndOfFile | LinkEnd::Io(_) => LinkLoss::PeerClosed,
@@ -248,6 +253,11 @@ impl Owner {
                 self.tell_course(Event::Closed(session, loss))
             }
         }
+    }
+
+    /// For how long the guest has been standing still for a switchover.
+    fn stood_still(&self) -> Option<Duration> {
+        self.stopped_since.map(|since| self.host.clock.now().saturating_sub(since))
     }
 
     fn note_stream(&mut self, event: &StreamEvent) {
@@ -277,8 +287,10 @@ impl Owner {
                 log::info!("the base of epoch {epoch} is on its way");
                 Flow::GoOn
             }
-            RunnerEvent::FinalSent(epoch) => {
+            RunnerEvent::FinalSent { epoch, since } => {
+                self.stopped_since = Some(since);
                 failpoint!(SwitchoverFinal);
+                self.host.events.write(&events::Event::Stopped { epoch });
                 self.tell_course(Event::FinalSent(epoch))
             }
             RunnerEvent::ProtectionFailed(error) => {
@@ -340,7 +352,8 @@ impl Owner {
             }
             Order::Goodbye(session, reason) => {
                 if let Some(connections) = self.connections.as_ref().filter(|c| c.session == session) {
-                    connections.link.goodbye(wire_goodbye(reason));
+                    let text = self.stood_still().map_or(String::new(), |still| still.as_micros().to_string());
+                    connections.link.goodbye(wire_goodbye(reason), text);
                 }
             }
         }
@@ -370,6 +383,7 @@ impl Owner {
                 }
             }
             Action::ResumeGuest => {
+                self.stopped_since = None;
                 if let Err(error) = self.runner.resume() {
                     return self.on_runner(RunnerEvent::MachineFailed(error.to_string()));
                 }

@@ -111,7 +111,7 @@ impl<'a> Turn<'a> {
 
     /// What one heartbeat means, in the order in which both shells tell it.
     pub fn inputs_of_beat(&self, beat: Beat) -> Vec<Input> {
-        let report = PeerReport { arbiter_age: Some(Duration::ZERO), protected: beat.protected };
+        let report = PeerReport { arbiter_age: Some(Duration::ZERO), protected: beat.protected, asks: beat.asks };
         vec![
             Input::HigherGenerationSeen(Generation(u64::from(beat.generation))),
             Input::PeerHeard { peer: self.peer(beat.life), report: Some(report) },

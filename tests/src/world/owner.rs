@@ -41,6 +41,8 @@ enum Doing {
     Epochs { session: Session, pacer: Pacer },
     /// The guest is stopped; the link stays until a command needs it no longer.
     Stopped,
+    /// The same, after the last checkpoint of a switchover: what still arrives for the guest is told to the backup.
+    HandedOver,
 }
 
 /// One session's connections.
@@ -273,7 +275,7 @@ impl OwnerPart {
     /// A frame for the guest arrived on this host's tap.
     pub fn frame(&mut self, frame: &[u8], base: &mut Base, env: &mut Env) {
         if let Some(link) = self.link.as_mut().filter(|link| !link.closed)
-            && matches!(self.doing, Doing::Epochs { .. })
+            && matches!(self.doing, Doing::Epochs { .. } | Doing::HandedOver)
         {
             // An error shows again when the stream is used next.
             link.stream.inbound(self.running_epoch, 0, frame).ok();
@@ -312,7 +314,7 @@ impl OwnerPart {
     pub fn runner(&mut self, session: Session, base: &mut Base, env: &mut Env) {
         let current = match &self.doing {
             Doing::Copying { session, .. } | Doing::Epochs { session, .. } => Some(*session),
-            Doing::Nothing | Doing::Stopped => None,
+            Doing::Nothing | Doing::Stopped | Doing::HandedOver => None,
         };
         if current != Some(session) {
             return;
@@ -377,7 +379,7 @@ impl OwnerPart {
                 let late = env.rng.range(0, 200_000);
                 env.at(base.world_time(pacer.deadline()) + late, Event::Runner(base.who, *session));
             }
-            Doing::Nothing | Doing::Stopped => {}
+            Doing::Nothing | Doing::Stopped | Doing::HandedOver => {}
         }
     }
 
@@ -416,7 +418,7 @@ impl OwnerPart {
         self.transmit(env);
         if afterwards == Afterwards::StaysStopped {
             self.stopped = true;
-            self.doing = Doing::Stopped;
+            self.doing = Doing::HandedOver;
             self.inbox.push_back(Told::FinalSent(epoch));
             return base.rouse(env);
         }
@@ -502,9 +504,12 @@ impl OwnerPart {
             }
             Order::Goodbye(session, reason) => {
                 if let Some(link) = self.link.as_mut().filter(|l| l.session == session && !l.closed) {
-                    link.stream.goodbye(wire_goodbye(reason)).ok();
+                    link.stream.goodbye(wire_goodbye(reason), "").ok();
                     self.transmit(env);
-                    self.close_link(LinkLoss::Local, base, env);
+                    // After a switchover, what reaches this side too late still has to get across.
+                    if reason != failover::decide::GoodbyeReason::Switchover {
+                        self.close_link(LinkLoss::Local, base, env);
+                    }
                 }
             }
             Order::Do(_) => unreachable!("carried out elsewhere"),

@@ -348,7 +348,8 @@ impl World {
     fn beat(&mut self, node: usize, incarnation: Incarnation) {
         let view = self.view(node);
         let available = matches!(view.state, StateName::Standby | StateName::InSync | StateName::TakingOver);
-        let report = PeerReport { arbiter_age: view.arbiter_age, protected: view.owner && view.protected };
+        let report =
+            PeerReport { arbiter_age: view.arbiter_age, protected: view.owner && view.protected, asks: view.asks };
         self.send(node, Message::Heartbeat(report, available));
         self.after(HEARTBEAT, Event::Beat { node, incarnation });
     }
