@@ -363,14 +363,7 @@ impl Intake {
                     self.events.push_back(IntakeEvent::ApplyHollowDisk(change));
                 }
             }
-            (ReceiverEvent::Hashes(ask), _) => {
-                let question = self.next_question;
-                self.next_question = Question(question.0 + 1);
-                if let Some(connection) = &mut self.connection {
-                    connection.questions.push_back((question, None));
-                }
-                self.events.push_back(IntakeEvent::Compare(question, ask));
-            }
+            (ReceiverEvent::Hashes(ask), _) => self.on_question(ask),
             (ReceiverEvent::Section { kind, version, bytes }, _) => self.inbox.section(kind, version, &bytes)?,
             (ReceiverEvent::End(end), Some(peer)) => {
                 if mutant::is(Mutant::AckBeforeCommit)
@@ -399,6 +392,15 @@ impl Intake {
             (other, None) => unreachable!("the receiver opens first: {other:?}"),
         }
         Ok(())
+    }
+
+    fn on_question(&mut self, ask: PieceHashes) {
+        let question = self.next_question;
+        self.next_question = Question(question.0 + 1);
+        if let Some(connection) = &mut self.connection {
+            connection.questions.push_back((question, None));
+        }
+        self.events.push_back(IntakeEvent::Compare(question, ask));
     }
 
     fn acknowledge(&mut self) -> Result<(), LinkEnd> {

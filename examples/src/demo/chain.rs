@@ -46,6 +46,9 @@ struct Move {
     sent_bytes: u64,
 }
 
+/// A figure of each move.
+type Column<'a> = &'a dyn Fn(&Move) -> f64;
+
 /// What came of all of them.
 struct Chain {
     planned: bool,
@@ -186,7 +189,7 @@ impl Chain {
     /// By name, what each move gave, sorted.
     fn columns(&self) -> Vec<(&'static str, Vec<f64>)> {
         let mib = |bytes: u64| ms_between(0, bytes) * 1_000.0 / f64::from(1 << 20);
-        let of: [(&'static str, &dyn Fn(&Move) -> f64); 6] = [
+        let of: [(&'static str, Column<'_>); 6] = [
             ("gap_ms", &|m| m.gap),
             ("until_granted_ms", &|m| ms_between(m.stopped_us.unwrap_or(m.began_us), m.granted_us)),
             ("activate_ms", &|m| ms_between(m.granted_us, m.activated_us)),
