@@ -150,6 +150,7 @@ impl Desk {
             status.output.released_frames_total = counters.released;
             status.output.dropped_frames_total = counters.dropped_late + counters.dropped_full + counters.discarded;
             scene.metrics.fill(&mut status.counters);
+            scene.metrics.fill_resync(status);
         });
     }
 

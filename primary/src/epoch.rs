@@ -48,6 +48,8 @@ pub struct EpochParts {
     pub metrics: Arc<Metrics>,
     /// Whether each checkpoint carries a digest of all of RAM.
     pub ram_digest: bool,
+    /// Most of its time that a base is copied in: a share.
+    pub base_share: f64,
     /// The comparison of both sides that is under way, if any.
     pub verifier: Arc<Verifier>,
     /// The machine's disks.

@@ -134,6 +134,7 @@ impl Host {
             mirror: Arc::clone(&self.mirror),
             metrics: Arc::clone(&self.metrics),
             ram_digest: self.config.epoch.ram_digest,
+            base_share: self.config.protect.base_share.share(),
             verifier: Arc::clone(&self.verifier),
             disks: Arc::clone(&self.disks.owner),
         }

@@ -23,6 +23,7 @@ pub mod announce;
 pub mod attention;
 pub mod bulk;
 pub mod clock;
+pub mod contention;
 pub mod decider;
 pub mod desk;
 pub mod dial;

@@ -241,6 +241,41 @@ pub struct PolicySection {
     pub rejoin: Rejoin,
 }
 
+/// A share of something, written `"20%"`: 1 to 100.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Percent(u8);
+
+impl Percent {
+    /// As a part of one: above 0, at most 1.
+    pub fn share(self) -> f64 {
+        f64::from(self.0) / 100.0
+    }
+}
+
+impl TryFrom<String> for Percent {
+    type Error = &'static str;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        let number = text.strip_suffix('%').and_then(|number| number.parse().ok());
+        number.filter(|number| (1..=100).contains(number)).map(Self).ok_or("not a share (write \"1%\" to \"100%\")")
+    }
+}
+
+impl From<Percent> for String {
+    fn from(percent: Percent) -> Self {
+        format!("{}%", percent.0)
+    }
+}
+
+/// `[protect]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ProtectSection {
+    /// Most of its time that a base is copied in. Less when the guest's vCPUs have to wait for a processor meanwhile.
+    pub base_share: Percent,
+}
+
 /// `[limits]`, all in bytes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -371,6 +406,9 @@ pub struct PairConfig {
     /// Choices.
     #[serde(default)]
     pub policy: PolicySection,
+    /// How protection comes about.
+    #[serde(default)]
+    pub protect: ProtectSection,
     /// Memory bounds.
     #[serde(default)]
     pub limits: LimitsSection,
@@ -384,7 +422,7 @@ pub struct PairConfig {
 }
 
 mod defaults {
-    use super::{Duration, EpochSection, LimitsSection, TimersSection};
+    use super::{Duration, EpochSection, LimitsSection, Percent, ProtectSection, TimersSection};
 
     pub(super) fn vcpus() -> u8 {
         1
@@ -409,6 +447,12 @@ mod defaults {
                 protect_retry: Duration::from_secs(1),
                 arbiter_probe: Duration::from_secs(1),
             }
+        }
+    }
+
+    impl Default for ProtectSection {
+        fn default() -> Self {
+            Self { base_share: Percent(100) }
         }
     }
 

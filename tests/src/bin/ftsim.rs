@@ -157,7 +157,7 @@ fn live(args: &Args, number: u64) -> Outcome {
 /// The rules that live where the explorer does not look, in the stream and around memory, and a few that both catch; each with a seed that noticed it
 /// once and is tried first.
 #[cfg(feature = "mutants")]
-const BROKEN: [(replication_proto::mutant::Mutant, u64); 11] = {
+const BROKEN: [(replication_proto::mutant::Mutant, u64); 13] = {
     use replication_proto::mutant::Mutant;
     [
         (Mutant::RetireOnSend, 0),
@@ -171,6 +171,8 @@ const BROKEN: [(replication_proto::mutant::Mutant, u64); 11] = {
         (Mutant::TakeoverWithoutCas, 0),
         (Mutant::InSyncBeforeHolding, 0),
         (Mutant::UncertainSyncIsFailure, 253),
+        (Mutant::IsolatedRejoins, 0),
+        (Mutant::PauseForEver, 0),
     ]
 };
 

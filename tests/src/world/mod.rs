@@ -102,7 +102,7 @@ impl Plan {
     pub fn draw(seed: u64) -> Self {
         let mut rng = Rng::new(mix(seed ^ 0x51_0a));
         let pick = |rng: &mut Rng, of: &[u64]| of[usize::try_from(rng.range(0, of.len() as u64)).expect("small")];
-        let kinds: Vec<Kind> = Kind::ALL
+        let mut kinds: Vec<Kind> = Kind::ALL
             .into_iter()
             .filter(|kind| match kind {
                 // Who restores old backups of the arbiter gives up being armed.
@@ -111,6 +111,8 @@ impl Plan {
                 _ => rng.range(0, 3) == 0,
             })
             .collect();
+        let mut later = Rng::new(mix(seed ^ 0xd1_11));
+        kinds.extend(Kind::LATER.into_iter().filter(|_| later.range(0, 4) == 0));
         Self {
             seed,
             interval: Duration::from_millis(pick(&mut rng, &[1, 1, 2, 5, 10, 25])),
@@ -341,7 +343,10 @@ impl World {
                 self.env.at(self.env.now, Event::Resume(node));
             }
             self.env.at(self.env.now + MS, Event::Start(node));
-            self.strike(Fault::Command(node, failover::decide::Command::Protect));
+            // A pause ends by itself.
+            if self.plan.kinds.contains(&Kind::Unprotect) {
+                self.strike(Fault::Command(node, failover::decide::Command::Protect));
+            }
         }
     }
 

@@ -85,6 +85,7 @@ impl OwnerPart {
             metrics: base.metrics.clone(),
             // The checkers compare memory themselves.
             ram_digest: false,
+            base_share: 1.0,
             verifier: Arc::new(Verifier::new(Vec::new())),
             disks: Arc::new(OwnerDisks::none()),
         };
