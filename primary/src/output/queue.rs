@@ -292,6 +292,41 @@ mod tests {
             .collect()
     }
 
+    /// Before a switchover: the new owner says the last epoch's frames; nobody says console bytes again.
+    #[test]
+    fn frames_of_the_last_epoch_are_kept_for_the_new_owner() {
+        let sealed = || {
+            let mut queue = queue();
+            queue.hold();
+            queue.push(frame(1), Duration::ZERO);
+            queue.seal(Epoch(1)).unwrap();
+            queue.push(frame(2), Duration::ZERO);
+            queue.push(Output::Console(Bytes::from_static(b"c")), Duration::ZERO);
+            queue.release_on_commit(Duration::ZERO);
+            queue.keep(Epoch(2));
+            assert_eq!(queue.seal(Epoch(2)).unwrap().len(), 2, "they travel");
+            let left = queue.committed(Epoch(2), MS);
+            let left: Vec<Output> = left.into_iter().map(|released| released.output).collect();
+            assert_eq!(left, [frame(1), Output::Console(Bytes::from_static(b"c"))]);
+            assert_eq!(queue.held().1, 1);
+            queue
+        };
+        let mut moved = sealed();
+        moved.silence();
+        assert_eq!((moved.held(), moved.counters().discarded), ((0, 0), 1));
+        // The backup did not take it: it is said here after all, and later epochs are as ever.
+        let mut stayed = sealed();
+        stayed.hold();
+        stayed.push(frame(3), MS);
+        let left: Vec<Output> = stayed.open(2 * MS).into_iter().map(|released| released.output).collect();
+        assert_eq!((left, stayed.held()), (vec![frame(2), frame(3)], (0, 0)));
+        stayed.hold();
+        stayed.push(frame(4), MS);
+        stayed.seal(Epoch(3)).unwrap();
+        stayed.release_on_commit(MS);
+        assert_eq!(stayed.committed(Epoch(3), MS).len(), 1);
+    }
+
     #[test]
     fn solo_output_leaves_at_once() {
         let mut q = queue();

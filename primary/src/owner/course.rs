@@ -258,6 +258,8 @@ impl Course {
                 self.decide(Input::HigherGenerationSeen(generation), decider, now, out);
             }
             PulseReport::Goodbye(_) => {}
+            // A new owner closes it before it runs; what still reaches this side is passed on over the other one until then.
+            PulseReport::Closed(_) if self.is_leaving(session) => {}
             PulseReport::Closed(_) => self.lost(session, LinkLoss::PeerClosed, decider, now, out),
         }
     }

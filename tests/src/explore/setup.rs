@@ -259,6 +259,18 @@ impl Setup {
                 ..Self::base("rejoin", "a switchover or a takeover, and the fenced side becomes the backup")
             },
             Self {
+                daily: false,
+                lives: [2, 1],
+                commands: vec![(B, Command::Switchover)],
+                orders: 1,
+                epochs: 4,
+                writes: 4,
+                cuts: false,
+                kills: false,
+                rejoin: Rejoin::AtOnce,
+                ..Self::base("called", "the backup asks for the guest, and the fenced side becomes the backup")
+            },
+            Self {
                 lives: [2, 1],
                 epochs: 2,
                 arbiter_fails: true,
