@@ -133,7 +133,7 @@ impl LinkBuilder {
     pub fn start(
         self,
         intake: Intake,
-        (applier, disks): (Applier, DiskKeeper),
+        keepers: (Applier, DiskKeeper),
         clock: Clock,
         tell: impl Fn(LinkEvent) + Send + 'static,
     ) -> io::Result<LinkThread> {
@@ -147,8 +147,7 @@ impl LinkBuilder {
             shared: Arc::clone(&handle.shared),
             news,
             intake,
-            applier,
-            disks,
+            keepers: Some(keepers),
             clock,
             greetings: BTreeMap::new(),
             data: None,
@@ -231,8 +230,8 @@ struct Server {
     shared: Arc<LinkShared>,
     news: Receiver<News>,
     intake: Intake,
-    applier: Applier,
-    disks: DiskKeeper,
+    /// Who carries commits out; taken when those have ended.
+    keepers: Option<(Applier, DiskKeeper)>,
     clock: Clock,
     greetings: BTreeMap<Token, Stranger>,
     data: Option<Data>,
@@ -275,8 +274,12 @@ impl Server {
     /// Rule R2: nothing is acknowledged once the takeover is known here.
     fn seal(&mut self) {
         if let Some(tell) = self.tell_sealed.take() {
+            let holding = self.intake.seal();
+            self.pass_on();
+            // They are done as soon as they have carried out what they were told.
+            self.keepers = None;
             // Nobody waits for it when the whole link ends.
-            tell.send(self.intake.seal()).ok();
+            tell.send(holding).ok();
         }
     }
 
@@ -427,23 +430,25 @@ impl Server {
 
     fn pass_on(&mut self) {
         while let Some(event) = self.intake.poll_event() {
+            // Nothing is committed any more, and who carried it out is waited for.
+            let Some((applier, disks)) = &mut self.keepers else { continue };
             match event {
-                IntakeEvent::ApplyHollow(pages) => self.applier.apply_hollow(pages),
+                IntakeEvent::ApplyHollow(pages) => applier.apply_hollow(pages),
                 IntakeEvent::Compare(question, ask) => match ask.of {
-                    Comparable::Memory => self.applier.compare(question, ask),
-                    Comparable::Disk(_) => self.disks.compare(question, ask),
+                    Comparable::Memory => applier.compare(question, ask),
+                    Comparable::Disk(_) => disks.compare(question, ask),
                 },
-                IntakeEvent::ApplyHollowDisk(change) => self.disks.apply_hollow(change),
+                IntakeEvent::ApplyHollowDisk(change) => disks.apply_hollow(change),
                 IntakeEvent::Apply(mut committed, point) => {
                     let changes = std::mem::take(&mut committed.disk);
-                    self.disks.apply(point, committed.kind, changes);
+                    disks.apply(point, committed.kind, changes);
                     if let Some(hashes) = take_disk_hashes(&mut committed) {
-                        self.disks.verify(point.epoch, hashes);
+                        disks.verify(point.epoch, hashes);
                     }
-                    self.applier.apply(committed);
+                    applier.apply(committed);
                 }
                 IntakeEvent::BaseBegun(peer) => {
-                    self.disks.begin_base();
+                    disks.begin_base();
                     (self.tell)(LinkEvent::Intake(IntakeEvent::BaseBegun(peer)));
                 }
                 IntakeEvent::Opened(peer) => {
@@ -473,7 +478,9 @@ impl Server {
             log::info!("data connection {}: {end}", data.token.0);
         }
         self.intake.end(end);
-        self.disks.tell_standing();
+        if let Some((_, disks)) = &mut self.keepers {
+            disks.tell_standing();
+        }
         // The last word, if there is one, goes out as far as the socket takes it.
         self.transmit().ok();
         if let Some(mut data) = self.data.take() {

@@ -40,8 +40,8 @@ impl Pacer {
 const WAITED_MOST: f64 = 0.10;
 /// Below this the copy gets faster again.
 const WAITED_LITTLE: f64 = 0.04;
-/// The copy never stands still.
-const SHARE_LEAST: f64 = 0.05;
+/// The copy never stands still: what the vCPUs wait for may be somebody else's doing, and the guest is unprotected until it is done.
+const SHARE_LEAST: f64 = 0.25;
 /// What is measured in a shorter time says nothing.
 const MEASURED_LEAST: Duration = Duration::from_millis(20);
 /// Longest pause between two pieces.
@@ -117,8 +117,8 @@ mod tests {
     fn a_base_is_copied_as_fast_as_the_guest_does_not_mind() {
         assert!(settled(1.0, 0.0) > 0.99, "nobody minds");
         let share = settled(1.0, 0.5);
-        assert!((0.05..=0.25).contains(&share), "half of the copy's time is taken from the guest: {share}");
-        assert!(settled(1.0, 100.0) >= 0.05 - 1e-9, "it never stands still");
+        assert!((0.25..=0.30).contains(&share), "half of the copy's time is taken from the guest: {share}");
+        assert!(settled(1.0, 100.0) >= 0.25 - 1e-9, "it never stands still");
         assert!(settled(0.2, 0.0) <= 0.2, "no more than is allowed");
         let mut unmeasured = BasePacer::new(0.25, Duration::ZERO);
         assert_eq!(unmeasured.copied(MS, None, MS), 3 * MS);
