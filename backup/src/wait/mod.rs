@@ -341,7 +341,7 @@ impl Waiter {
         // Images and maps are as a later synchronisation will find them; the guest boots on what they hold.
         if let Err(error) = disks.settle_for_boot(&host.disks) {
             log::error!("{error}");
-            return ExitCode::DiskUnusable;
+            return Ending::Exit(ExitCode::DiskUnusable);
         }
         taps.stop();
         let mut machine = standby.into_machine();
