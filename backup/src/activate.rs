@@ -9,6 +9,7 @@ use primary::host::Host;
 use primary::output::held::{HELD_SECTION, HeldError, HeldFrames};
 use primary::ram_digest::{self, RAM_DIGEST_SECTION, RamDigestError};
 use primary::runner::{Runner, RunnerEvent};
+use primary::silent::SilentTaps;
 use replication_proto::Epoch;
 use vmm::machine::{RestoreError, RunError};
 use vmm::{ClockPolicy, Machine, Section, SectionKind};
@@ -17,7 +18,6 @@ use crate::commit::Holding;
 use crate::disk::{DiskKeeper, SinkError};
 use crate::inbound::Inbound;
 use crate::link::LinkThread;
-use crate::silent::SilentTaps;
 use crate::standby::{Applied, ApplierThread, Standby};
 
 /// All that waits on the backup while the primary lives.
@@ -87,8 +87,10 @@ pub fn activate(
     let began = Instant::now();
     let Waiting { link, applier, disks, standby, taps } = waiting;
     failpoint!(TakeoverGranted => return Err(failpoint::injected().into()));
-    // 1. No acknowledgement leaves from here on; the incomplete epoch is dropped.
-    let (holding, inbound) = link.close();
+    // 1. No acknowledgement leaves from here on; the incomplete epoch is dropped. And the first that the LAN hears: frames for the guest arrive on this
+    // host's taps from now on, and those that were faster are passed on by the other side, if it lives.
+    let holding = link.seal();
+    host.claim_place();
     failpoint!(TakeoverClosed => return Err(failpoint::injected().into()));
     // 2. Every committed checkpoint is in memory.
     let mut applied = applier.finish().ok_or(ActivateError::Hollow)?;
@@ -114,6 +116,7 @@ pub fn activate(
     held.frames.iter().for_each(|(nic, frame)| host.gate.send_for_guest(*nic, frame));
     failpoint!(TakeoverResent => return Err(failpoint::injected().into()));
     // 6. What was said to it since that epoch: to the primary, and on this tap.
+    let (_, inbound) = link.close();
     deliver(&mut *machine, &inbound, taps.stop());
     failpoint!(TakeoverDelivered => return Err(failpoint::injected().into()));
     // 7. Run, on the strength of the permit. Queues count as kicked, pending interrupts are raised again.

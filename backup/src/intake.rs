@@ -8,7 +8,7 @@ use bytes::Bytes;
 use failover::failpoint;
 use replication_proto::mutant::{self, Mutant};
 use replication_proto::{
-    CheckpointKind, DiskChange, DiskStanding, Epoch, Generation, GoodbyeReason, Identity, LinkError, PieceHashes,
+    CheckpointKind, DiskChange, DiskStanding, Epoch, Generation, Goodbye, Identity, LinkError, PieceHashes,
     PiecesWanted, Point, Receiver, ReceiverConfig, ReceiverEvent, RefuseCode, Verified,
 };
 
@@ -30,7 +30,7 @@ pub enum IntakeEvent {
     /// Bytes of the primary arrived.
     Heard(Identity),
     /// The primary leaves on purpose.
-    Goodbye(Identity, GoodbyeReason),
+    Goodbye(Identity, Goodbye),
     /// The data connection is gone.
     Closed(LinkEnd),
     /// What was committed is lost with a disk, and why: there is nothing to run from any more.
@@ -94,6 +94,8 @@ pub struct Intake {
     inbound: Inbound,
     commits: Commits,
     connection: Option<Connection>,
+    /// The standby is about to run.
+    sealed: bool,
     next_question: Question,
     events: VecDeque<IntakeEvent>,
     /// What is still to be said on a connection that ended.
@@ -109,6 +111,7 @@ impl Intake {
             inbound: Inbound::default(),
             commits,
             connection: None,
+            sealed: false,
             next_question: Question(0),
             events: VecDeque::new(),
             last_words: VecDeque::new(),
@@ -169,6 +172,9 @@ impl Intake {
         }
         while let Some(connection) = &mut self.connection {
             let Some(event) = connection.protocol.poll_event()? else { break };
+            if self.sealed && !matches!(event, ReceiverEvent::Inbound { .. } | ReceiverEvent::Goodbye(_)) {
+                return Err(LinkEnd::Displaced);
+            }
             self.on_event(event)?;
         }
         if let Some(peer) = self.connection.as_ref().and_then(|c| c.peer.clone()) {
@@ -303,11 +309,18 @@ impl Intake {
         self.events.push_back(IntakeEvent::Closed(end));
     }
 
-    /// The standby is about to run: nothing is committed or acknowledged from here on (rule R2), and the incomplete epoch is dropped. Hands over the
-    /// frames that reached the guest after the last commit.
-    pub fn close(mut self) -> (Holding, Inbound) {
+    /// The standby is about to run: nothing is committed or acknowledged from here on (rule R2), and the incomplete epoch is dropped. Of what the primary
+    /// still says, only inbound frames count.
+    pub fn seal(&mut self) -> Holding {
         let holding = self.commits.close();
         self.inbox.drop_incomplete();
+        self.sealed = true;
+        holding
+    }
+
+    /// The end of all connections. Hands over the frames that reached the guest after the last commit.
+    pub fn close(mut self) -> (Holding, Inbound) {
+        let holding = self.seal();
         (holding, self.inbound)
     }
 
@@ -350,14 +363,7 @@ impl Intake {
                     self.events.push_back(IntakeEvent::ApplyHollowDisk(change));
                 }
             }
-            (ReceiverEvent::Hashes(ask), _) => {
-                let question = self.next_question;
-                self.next_question = Question(question.0 + 1);
-                if let Some(connection) = &mut self.connection {
-                    connection.questions.push_back((question, None));
-                }
-                self.events.push_back(IntakeEvent::Compare(question, ask));
-            }
+            (ReceiverEvent::Hashes(ask), _) => self.on_question(ask),
             (ReceiverEvent::Section { kind, version, bytes }, _) => self.inbox.section(kind, version, &bytes)?,
             (ReceiverEvent::End(end), Some(peer)) => {
                 if mutant::is(Mutant::AckBeforeCommit)
@@ -381,11 +387,20 @@ impl Intake {
                 self.inbound.keep(epoch, nic, &frame);
             }
             (ReceiverEvent::Goodbye(goodbye), Some(peer)) => {
-                self.events.push_back(IntakeEvent::Goodbye(peer, goodbye.reason));
+                self.events.push_back(IntakeEvent::Goodbye(peer, goodbye));
             }
             (other, None) => unreachable!("the receiver opens first: {other:?}"),
         }
         Ok(())
+    }
+
+    fn on_question(&mut self, ask: PieceHashes) {
+        let question = self.next_question;
+        self.next_question = Question(question.0 + 1);
+        if let Some(connection) = &mut self.connection {
+            connection.questions.push_back((question, None));
+        }
+        self.events.push_back(IntakeEvent::Compare(question, ask));
     }
 
     fn acknowledge(&mut self) -> Result<(), LinkEnd> {

@@ -19,6 +19,5 @@ pub mod inbound;
 pub mod inbox;
 pub mod intake;
 pub mod link;
-pub mod silent;
 pub mod standby;
 pub mod wait;

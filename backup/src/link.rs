@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use bytes::Bytes;
-use crossbeam::channel::{Receiver, Sender, unbounded};
+use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
 use failover::failpoint;
 use mio::net::{TcpListener, TcpStream};
 use mio::{Events, Interest, Poll, Registry, Token, Waker};
@@ -76,6 +76,8 @@ pub enum News {
 #[derive(Default)]
 pub struct LinkShared {
     stopping: AtomicBool,
+    /// Nothing may be committed or acknowledged any more.
+    sealing: AtomicBool,
     /// Highest generation known to this process.
     generation: AtomicU64,
     /// Connections that ended with a protocol error, strangers included.
@@ -93,6 +95,7 @@ pub struct LinkHandle {
 /// The link's thread.
 pub struct LinkThread {
     handle: LinkHandle,
+    sealed: Receiver<Holding>,
     thread: JoinHandle<(Holding, Inbound)>,
 }
 
@@ -130,20 +133,21 @@ impl LinkBuilder {
     pub fn start(
         self,
         intake: Intake,
-        (applier, disks): (Applier, DiskKeeper),
+        keepers: (Applier, DiskKeeper),
         clock: Clock,
         tell: impl Fn(LinkEvent) + Send + 'static,
     ) -> io::Result<LinkThread> {
         let Self { listener, poll, handle, news } = self;
+        let (tell_sealed, sealed) = bounded(1);
         let state = Server {
+            tell_sealed: Some(tell_sealed),
             listener,
             poll,
             waker: Arc::clone(&handle.waker),
             shared: Arc::clone(&handle.shared),
             news,
             intake,
-            applier,
-            disks,
+            keepers: Some(keepers),
             clock,
             greetings: BTreeMap::new(),
             data: None,
@@ -151,7 +155,7 @@ impl LinkBuilder {
             tell: Box::new(tell),
         };
         let thread = std::thread::Builder::new().name("ft-link".into()).spawn(move || state.run())?;
-        Ok(LinkThread { handle, thread })
+        Ok(LinkThread { handle, sealed, thread })
     }
 }
 
@@ -187,8 +191,16 @@ impl LinkThread {
         self.handle.clone()
     }
 
-    /// Ends the thread: when this returns, nothing is committed or acknowledged any more and the incomplete epoch is dropped. Hands over the frames that
-    /// reached the guest after the last commit.
+    /// When this returns, nothing is committed or acknowledged any more and the incomplete epoch is dropped. Frames that still reach the side that ran the
+    /// guest are taken until [`Self::close`].
+    pub fn seal(&self) -> Holding {
+        self.handle.shared.sealing.store(true, Ordering::Release);
+        self.handle.wake();
+        // The thread seals before it ends, whatever ends it.
+        self.sealed.recv().expect("the link thread does not panic")
+    }
+
+    /// Ends the thread, and commits with it. Hands over the frames that reached the guest after the last commit.
     pub fn close(self) -> (Holding, Inbound) {
         self.handle.shared.stopping.store(true, Ordering::Release);
         self.handle.wake();
@@ -210,14 +222,16 @@ struct Data {
 }
 
 struct Server {
+    /// Taken when commits have ended.
+    tell_sealed: Option<Sender<Holding>>,
     listener: TcpListener,
     poll: Poll,
     waker: Arc<Waker>,
     shared: Arc<LinkShared>,
     news: Receiver<News>,
     intake: Intake,
-    applier: Applier,
-    disks: DiskKeeper,
+    /// Who carries commits out; taken when those have ended.
+    keepers: Option<(Applier, DiskKeeper)>,
     clock: Clock,
     greetings: BTreeMap<Token, Stranger>,
     data: Option<Data>,
@@ -239,6 +253,9 @@ impl Server {
                 }
                 Ok(()) => {}
             }
+            if self.shared.sealing.load(Ordering::Acquire) {
+                self.seal();
+            }
             for event in &ready {
                 match event.token() {
                     LISTENER => self.accept(),
@@ -250,8 +267,26 @@ impl Server {
             self.serve_data(&mut buffer);
             self.close_slow_strangers();
         }
-        // Rule R2: nothing is acknowledged once the takeover is known here.
+        self.seal();
         self.intake.close()
+    }
+
+    /// Rule R2: nothing is acknowledged once the takeover is known here.
+    fn seal(&mut self) {
+        if let Some(tell) = self.tell_sealed.take() {
+            let holding = self.intake.seal();
+            self.pass_on();
+            // They are done as soon as they have carried out what they were told.
+            self.keepers = None;
+            // Nobody waits for it when the whole link ends.
+            tell.send(holding).ok();
+        }
+    }
+
+    /// Whether something more important than the primary's bytes waits.
+    fn is_called_off(&self) -> bool {
+        let sealing = self.tell_sealed.is_some() && self.shared.sealing.load(Ordering::Acquire);
+        sealing || self.shared.stopping.load(Ordering::Acquire)
     }
 
     // ---- strangers ---------------------------------------------------------------------------------------------------------------
@@ -363,10 +398,10 @@ impl Server {
         }
         for _ in 0..READS_AT_ONCE {
             self.transmit()?;
-            let Some(data) = &mut self.data else { return Ok(()) };
-            if self.shared.stopping.load(Ordering::Acquire) {
-                return Ok(());
+            if self.is_called_off() {
+                break;
             }
+            let Some(data) = &mut self.data else { return Ok(()) };
             self.intake.raise_generation(Generation(self.shared.generation.load(Ordering::Acquire)))?;
             match data.stream.read(buffer) {
                 Ok(0) => self.intake.handle_eof()?,
@@ -395,23 +430,25 @@ impl Server {
 
     fn pass_on(&mut self) {
         while let Some(event) = self.intake.poll_event() {
+            // Nothing is committed any more, and who carried it out is waited for.
+            let Some((applier, disks)) = &mut self.keepers else { continue };
             match event {
-                IntakeEvent::ApplyHollow(pages) => self.applier.apply_hollow(pages),
+                IntakeEvent::ApplyHollow(pages) => applier.apply_hollow(pages),
                 IntakeEvent::Compare(question, ask) => match ask.of {
-                    Comparable::Memory => self.applier.compare(question, ask),
-                    Comparable::Disk(_) => self.disks.compare(question, ask),
+                    Comparable::Memory => applier.compare(question, ask),
+                    Comparable::Disk(_) => disks.compare(question, ask),
                 },
-                IntakeEvent::ApplyHollowDisk(change) => self.disks.apply_hollow(change),
+                IntakeEvent::ApplyHollowDisk(change) => disks.apply_hollow(change),
                 IntakeEvent::Apply(mut committed, point) => {
                     let changes = std::mem::take(&mut committed.disk);
-                    self.disks.apply(point, committed.kind, changes);
+                    disks.apply(point, committed.kind, changes);
                     if let Some(hashes) = take_disk_hashes(&mut committed) {
-                        self.disks.verify(point.epoch, hashes);
+                        disks.verify(point.epoch, hashes);
                     }
-                    self.applier.apply(committed);
+                    applier.apply(committed);
                 }
                 IntakeEvent::BaseBegun(peer) => {
-                    self.disks.begin_base();
+                    disks.begin_base();
                     (self.tell)(LinkEvent::Intake(IntakeEvent::BaseBegun(peer)));
                 }
                 IntakeEvent::Opened(peer) => {
@@ -441,7 +478,9 @@ impl Server {
             log::info!("data connection {}: {end}", data.token.0);
         }
         self.intake.end(end);
-        self.disks.tell_standing();
+        if let Some((_, disks)) = &mut self.keepers {
+            disks.tell_standing();
+        }
         // The last word, if there is one, goes out as far as the socket takes it.
         self.transmit().ok();
         if let Some(mut data) = self.data.take() {

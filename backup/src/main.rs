@@ -9,6 +9,8 @@ use clap::Parser;
 use failover::config::PairConfig;
 use failover::decide::Role;
 use failover::status::NodeRole;
+use primary::host::Ending;
+use primary::rejoin::become_backup;
 use primary::setup::{Process, SetupError, build_machine, open_host};
 
 /// Keeps a warm copy of a protected guest on this host.
@@ -48,5 +50,10 @@ fn run(args: &Args) -> Result<failover::exit::ExitCode, SetupError> {
     let built = build_machine(&config, &process)?;
     let role = if args.may_boot { Role::Primary } else { Role::Backup };
     let host = open_host(config, process, role, false, &built)?;
-    Ok(Waiter::start(host, Standby::new(built.machine), built.ports, built.waiting_disks)?.run())
+    match Waiter::start(host, Standby::new(built.machine), built.ports, built.waiting_disks)?.run() {
+        Ending::Exit(code) => Ok(code),
+        Ending::Rejoin => {
+            Err(SetupError::Host { what: "to begin anew", source: become_backup(&args.config, &args.node, role) })
+        }
+    }
 }

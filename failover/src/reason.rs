@@ -52,6 +52,7 @@ reasons! {
     BackupDropped, "backup_dropped", "this side closed the connection to the backup", "see the log for the cause; resync starts by itself";
     NotInSync, "not_in_sync", "the record does not name a backup in sync any more", "wait; resync starts by itself";
     Unprotected, "unprotected", "an operator switched protection off", "`ftctl protect` switches it on again";
+    ProtectionPaused, "protection_paused", "an operator paused protection for a time", "wait, or `ftctl protect` ends the pause now";
     Offered, "offered", "waiting for an owner to send its base", "";
     OwnedElsewhere, "owned_elsewhere", "the record names the other node as the owner", "";
     RecordNamesBackup, "record_names_backup", "the record names a backup in sync: it may take over, so this node does not boot", "if both nodes lost the guest, start ft-primary with `--force-cold-boot` on the owner";
@@ -67,9 +68,10 @@ reasons! {
     TookOver, "took_over", "took over from a silent owner", "start ft-backup on the other node; protection starts by itself";
     SwitchedOver, "switched_over", "took over in a planned switchover", "";
     Forced, "forced", "an operator forced this side to run", "";
-    Superseded, "superseded", "another generation runs: this guest is paused and kept", "nothing, if the other side serves; else `ftctl failover --force` here resumes this guest";
+    Superseded, "superseded", "another generation runs: this guest is paused and kept", "if the other side serves: `ftctl rejoin` makes this side its backup at once; else `ftctl failover --force` here resumes this guest";
     Isolated, "isolated", "neither the peer nor the arbiter could be reached: the guest is paused and kept", "repair the network; `ftctl failover --force` here resumes this guest";
     HandedOver, "handed_over", "the guest was handed to the other node", "";
+    Rejoining, "rejoining", "this side begins anew as the backup", "";
     SwitchoverAsked, "switchover_asked", "an operator asked for a switchover", "";
     SwitchoverGivenUp, "switchover_given_up", "the backup did not take the guest over in time", "see the backup's log; try again";
     StopAsked, "stop_asked", "an operator asked to stop", "";

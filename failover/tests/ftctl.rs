@@ -149,7 +149,7 @@ fn status_and_commands_of_a_process() {
             let request = commands.recv_timeout(Duration::from_secs(20)).unwrap();
             assert_eq!(request.command, CoreCommand::Switchover);
             request.reply.progress("draining");
-            request.reply.finish(answer);
+            request.reply.finish(answer, None);
         }
         let request = commands.recv_timeout(Duration::from_secs(20)).unwrap();
         assert_eq!(request.command, CoreCommand::Stop);
@@ -163,6 +163,8 @@ fn status_and_commands_of_a_process() {
     assert_eq!(scene.ftctl(&["stop", "--yes"]).0, 5);
     core.join().unwrap();
     board.update(|status| status.role = NodeRole::Backup);
-    let (code, _, err) = scene.ftctl(&["failover", "--yes"]);
-    assert!(code == 4 && err.contains("asked of the owner, b"), "{err}");
+    let (code, _, err) = scene.ftctl(&["drill", "--yes"]);
+    assert!(code == 4 && err.contains("ask b, which runs the guest"), "{err}");
+    assert_eq!(scene.ftctl(&["pause-protection", "--for", "500ms", "--yes"]).0, 4);
+    assert_eq!(scene.ftctl(&["pause-protection", "--for", "8d", "--yes"]).0, 4);
 }

@@ -1,7 +1,7 @@
 //! The base: all of guest memory, copied while the guest runs, ended by a first checkpoint. Output stays open meanwhile: it is held only
 //! once the base is committed, for the one epoch that makes the backup the one in sync (rule R5).
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use failover::failpoint;
 use replication_proto::mutant::{self, Mutant};
@@ -9,9 +9,12 @@ use replication_proto::{Comparable, Epoch, PieceHashes, PiecesWanted, Standing, 
 use vmm::machine::DirtyError;
 use vmm::{Machine, PAGE_SIZE, PageNo};
 
+use crate::contention::Vcpus;
 use crate::disk::{BlockSet, DiskCopy, DiskStep, OwnerDisks, differing};
 use crate::epoch::{Afterwards, CheckpointError, EpochParts, ROOM_PATIENCE, checkpoint_base};
 use crate::link::Link;
+use crate::metrics::Metrics;
+use crate::pacer::BasePacer;
 use crate::staging::StagedPages;
 
 /// Pages in one piece of the copy: 1 MiB, so that a command is looked at about every millisecond.
@@ -104,6 +107,11 @@ impl BaseCopy {
         Ok(BaseStep::Send(piece))
     }
 
+    /// Pages of this round that are still to be copied or asked about.
+    pub fn left(&self) -> usize {
+        self.waiting.len() + self.wanted.len()
+    }
+
     /// The backup answered a question about pages.
     pub fn answered(&mut self, answer: &PiecesWanted) {
         self.unanswered = self.unanswered.saturating_sub(1);
@@ -137,6 +145,39 @@ pub fn hashes_of(staged: &StagedPages) -> PieceHashes {
 fn blocks_to_look_at(disks: &OwnerDisks, standing: &Standing) -> Vec<BlockSet> {
     let ours = disks.dirty();
     ours.iter().zip(&standing.disks).map(|((base, bits), theirs)| differing((*base, bits), theirs)).collect()
+}
+
+/// The pace of one copy, and how far it is, for the status.
+struct Pace<'a> {
+    metrics: &'a Metrics,
+    pacer: BasePacer,
+    vcpus: Vcpus,
+    began: Instant,
+    /// The end of the last pause.
+    worked_since: Instant,
+}
+
+impl<'a> Pace<'a> {
+    fn begin(parts: &'a EpochParts) -> Self {
+        let now = Instant::now();
+        let pacer = BasePacer::new(parts.base_share, Duration::ZERO);
+        Self { metrics: &parts.metrics, pacer, vcpus: Vcpus::find(), began: now, worked_since: now }
+    }
+
+    /// How long to pause after what was done since the last pause.
+    fn pause(&mut self) -> Duration {
+        let now = Instant::now();
+        let pause =
+            self.pacer.copied(now.saturating_duration_since(self.worked_since), self.vcpus.waited(), now - self.began);
+        self.worked_since = now + pause;
+        pause
+    }
+}
+
+impl Drop for Pace<'_> {
+    fn drop(&mut self) {
+        self.metrics.base_ended();
+    }
 }
 
 /// Whether to go on, asked between two pieces.
@@ -191,10 +232,13 @@ impl Session<'_> {
         memory: &mut BaseCopy,
         disks: &mut DiskCopy,
     ) -> Result<(), CheckpointError> {
+        let mut pace = Pace::begin(self.parts);
         loop {
             self.check()?;
             disks.note_changes(&*self.parts.disks);
-            self.take_answers(Duration::ZERO, Some(memory), disks)?;
+            self.parts.metrics.base_left(memory.left());
+            // A pause is a wait for answers, of which there may be some: the copy goes on with those.
+            self.take_answers(pace.pause(), Some(memory), disks)?;
             let stage = |machine: &dyn Machine, pages: &[PageNo]| {
                 self.parts.arena.stage_pages(machine.ram(), pages.len(), pages.iter().copied())
             };

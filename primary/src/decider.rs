@@ -12,6 +12,8 @@ use crate::pulse::Voice;
 
 /// Bit of a heartbeat's `armed` byte: the speaker is PROTECTED.
 const SAYS_PROTECTED: u8 = 1;
+/// The same: the speaker, a backup in sync, asks for the guest.
+const ASKS_FOR_GUEST: u8 = 2;
 
 /// The decision core of one process, with its view of time. All `now`s are times since the process started.
 #[derive(Clone, Debug)]
@@ -76,7 +78,7 @@ pub fn voice(view: &View, committed: Epoch) -> Voice {
     let body = HeartbeatBody {
         committed_epoch: committed,
         state: StateName::ALL.iter().zip(0u8..).find(|(s, _)| **s == view.state).map_or(0, |(_, n)| n),
-        armed: if view.protected { SAYS_PROTECTED } else { 0 },
+        armed: if view.protected { SAYS_PROTECTED } else { 0 } | if view.asks { ASKS_FOR_GUEST } else { 0 },
         arbiter_ok_ms: view.arbiter_age.map(|age| u32::try_from(age.as_millis()).unwrap_or(u32::MAX)),
     };
     Voice { generation: view.generation, body }
@@ -87,6 +89,7 @@ pub fn heard(peer: &Identity, body: Option<&HeartbeatBody>) -> Input {
     let report = body.map(|body| PeerReport {
         arbiter_age: body.arbiter_ok_ms.map(|ms| Duration::from_millis(u64::from(ms))),
         protected: body.armed & SAYS_PROTECTED != 0,
+        asks: body.armed & ASKS_FOR_GUEST != 0,
     });
     Input::PeerHeard { peer: node_of(peer), report }
 }

@@ -26,6 +26,8 @@ pub struct Desk {
     last_ticket: Ticket,
     /// The last request to the arbiter had no answer.
     arbiter_away: bool,
+    /// For how long the guest stood still in the switchover whose answer is still owed.
+    gap: Option<Duration>,
     _control: ControlServer,
     _health: Option<HealthServer>,
 }
@@ -71,6 +73,7 @@ impl Desk {
             open: BTreeMap::new(),
             last_ticket: OWN_TICKET,
             arbiter_away: false,
+            gap: None,
             _control: control,
             _health: health,
         })
@@ -100,11 +103,17 @@ impl Desk {
         self.open.values().for_each(|reply| reply.progress(text));
     }
 
+    /// A switchover made the guest stand still for so long; its operator is told with the answer.
+    pub fn note_gap(&mut self, gap: Duration) {
+        self.gap = Some(gap);
+        self.progress(&format!("the guest stood still for {:.1} ms", gap.as_secs_f64() * 1e3));
+    }
+
     /// Answers an operator.
     pub fn reply(&mut self, ticket: Ticket, outcome: CommandOutcome) {
         log::info!("operator's command {}: {outcome:?}", ticket.0);
         if let Some(reply) = self.open.remove(&ticket) {
-            reply.finish(outcome);
+            reply.finish(outcome, self.gap.take());
         }
     }
 
@@ -141,6 +150,7 @@ impl Desk {
             status.output.released_frames_total = counters.released;
             status.output.dropped_frames_total = counters.dropped_late + counters.dropped_full + counters.discarded;
             scene.metrics.fill(&mut status.counters);
+            scene.metrics.fill_resync(status);
         });
     }
 

@@ -48,6 +48,8 @@ pub struct EpochParts {
     pub metrics: Arc<Metrics>,
     /// Whether each checkpoint carries a digest of all of RAM.
     pub ram_digest: bool,
+    /// Most of its time that a base is copied in: a share.
+    pub base_share: f64,
     /// The comparison of both sides that is under way, if any.
     pub verifier: Arc<Verifier>,
     /// The machine's disks.
@@ -191,6 +193,9 @@ pub fn stage(
     let began = paused.began();
     // 3. Outputs so far belong to this epoch; before resume, once.
     let sealing = Instant::now();
+    if afterwards == Afterwards::StaysStopped {
+        parts.gate.keep(epoch);
+    }
     let held = parts.gate.seal(epoch).ok_or(CheckpointError::Fenced)?;
     let seal = sealing.elapsed();
     failpoint!(EpochSealed => return Err(CaptureError::Host { what: "state".into(), source: failpoint::injected() }.into()));

@@ -62,6 +62,11 @@ pub enum Event<'a> {
         #[serde(skip_serializing_if = "Option::is_none")]
         ram_digest: Option<String>,
     },
+    /// The owner has stopped the guest for a switchover; its last checkpoint is on its way.
+    Stopped {
+        /// That checkpoint's epoch.
+        epoch: Epoch,
+    },
     /// The guest ended by itself.
     GuestEnded {
         /// How.

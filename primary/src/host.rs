@@ -14,7 +14,7 @@ use failover::exit::ExitCode;
 use failover::generation::StateDir;
 use replication_proto::{Epoch, Facts, Identity, NodeName, RamLayout, Refuse, SenderConfig};
 
-use crate::announce::announce;
+use crate::announce::{announce, frames};
 use crate::clock::Clock;
 use crate::decider::{Decider, voice};
 use crate::desk::{Desk, Scene};
@@ -39,6 +39,28 @@ pub enum Flow {
     GoOn,
     /// It ends with this code.
     Exit(ExitCode),
+    /// It begins anew as a backup.
+    Rejoin,
+}
+
+/// How the life of a process ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// With this code.
+    Exit(ExitCode),
+    /// Another one begins in its place, as a backup.
+    Rejoin,
+}
+
+impl Flow {
+    /// How the process ends, if it does.
+    pub fn ending(self) -> Option<Ending> {
+        match self {
+            Self::GoOn => None,
+            Self::Exit(code) => Some(Ending::Exit(code)),
+            Self::Rejoin => Some(Ending::Rejoin),
+        }
+    }
 }
 
 /// What both sides' processes have in common.
@@ -112,6 +134,7 @@ impl Host {
             mirror: Arc::clone(&self.mirror),
             metrics: Arc::clone(&self.metrics),
             ram_digest: self.config.epoch.ram_digest,
+            base_share: self.config.protect.base_share.share(),
             verifier: Arc::clone(&self.verifier),
             disks: Arc::clone(&self.disks.owner),
         }
@@ -120,6 +143,12 @@ impl Host {
     /// The guest's MAC addresses, by network device.
     pub fn macs(&self) -> Vec<[u8; 6]> {
         vec![self.config.vm.mac().0]
+    }
+
+    /// The guest will run here: switches learn its place by its MAC addresses, before it is known which addresses it speaks from.
+    pub fn claim_place(&self) {
+        self.gate.hold();
+        frames(&self.macs(), &[]).iter().for_each(|(nic, frame)| self.gate.send_for_guest(*nic, frame));
     }
 
     /// The guest is about to run here, wherever it ran before: what it says is kept until the decision core says what becomes of it, and the LAN

@@ -75,7 +75,7 @@ enum Command {
     EndBase(StagedCheckpoint),
     Checkpoint(StagedCheckpoint),
     Inbound { epoch: Epoch, nic: u8, frame: Bytes },
-    Goodbye(GoodbyeReason),
+    Goodbye(GoodbyeReason, String),
 }
 
 /// A handle on the link's thread.
@@ -270,10 +270,10 @@ impl Link {
         }
     }
 
-    /// Tells the backup why this side leaves, and closes once that is on its way.
-    pub fn goodbye(&self, reason: GoodbyeReason) {
+    /// Tells the backup why this side leaves, and closes once that is on its way; before a switchover it stays, for frames that come too late.
+    pub fn goodbye(&self, reason: GoodbyeReason, text: String) {
         // An error means that the link is gone already, which is what a goodbye wants.
-        self.command(Command::Goodbye(reason)).ok();
+        self.command(Command::Goodbye(reason, text)).ok();
     }
 
     /// Closes the connection at once, whatever still waits to be sent.
@@ -422,10 +422,11 @@ impl LinkThread {
                 self.stream.checkpoint(checkpoint)?;
             }
             Ok(Command::Inbound { epoch, nic, frame }) => self.stream.inbound(epoch, nic, &frame)?,
-            Ok(Command::Goodbye(reason)) => {
+            Ok(Command::Goodbye(reason, text)) => {
                 failpoint!(Goodbye => return Err(failpoint::injected().into()));
-                self.stream.goodbye(reason)?;
-                self.closing = true;
+                self.stream.goodbye(reason, &text)?;
+                // After a switchover, what reaches this side too late still has to get across.
+                self.closing = reason != GoodbyeReason::Switchover;
             }
             Err(TryRecvError::Disconnected) => return Err(LinkEnd::Closed),
             Err(TryRecvError::Empty) => return Ok(false),

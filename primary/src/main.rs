@@ -1,8 +1,7 @@
 //! `ft-primary`: boots the guest and protects it.
 
-use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::Parser;
@@ -11,8 +10,9 @@ use failover::config::PairConfig;
 use failover::decide::Role;
 use failover::status::NodeRole;
 use primary::alone::run_alone;
-use primary::host::Host;
+use primary::host::{Ending, Host};
 use primary::owner::{Owner, OwnerEvent};
+use primary::rejoin::become_backup;
 use primary::runner::Runner;
 use primary::setup::{Process, SetupError, build_machine, open_host};
 use primary::start::{Start, await_start};
@@ -65,7 +65,11 @@ fn run(args: &Args) -> anyhow::Result<failover::exit::ExitCode> {
     let mut host = open_host(config, process, Role::Primary, args.force_cold_boot, &built)?;
     let (permit, pending) = match await_start(&mut host) {
         Start::Boot(permit, pending) => (permit, pending),
-        Start::OfferAsBackup => return become_backup(args, host),
+        Start::OfferAsBackup => {
+            log::info!("the record does not let this node boot the guest: it offers itself as the backup");
+            drop(host);
+            return Err(become_backup(&args.config, &args.node, Role::Primary).into());
+        }
         Start::Exit(code) => return Ok(code),
     };
     let (tell, events) = unbounded();
@@ -73,7 +77,10 @@ fn run(args: &Args) -> anyhow::Result<failover::exit::ExitCode> {
     let runner = start_runner(&host, built.machine, &tell)?;
     host.announce_guest().context("the guest could not be announced")?;
     runner.run(permit).context("the guest did not start")?;
-    Ok(Owner::new(host, runner, guest, Epoch(0), (tell, events)).run(pending))
+    match Owner::new(host, runner, guest, Epoch(0), (tell, events)).run(pending) {
+        Ending::Exit(code) => Ok(code),
+        Ending::Rejoin => Err(become_backup(&args.config, &args.node, Role::Primary).into()),
+    }
 }
 
 fn start_runner(
@@ -89,14 +96,4 @@ fn start_runner(
             tell.send(OwnerEvent::Runner(event)).ok();
         });
     runner.context("the machine's thread did not start")
-}
-
-/// The record does not let this process boot: it waits as a backup instead, in the same place of the service manager's tree.
-fn become_backup(args: &Args, host: Host) -> anyhow::Result<failover::exit::ExitCode> {
-    log::info!("the record does not let this node boot the guest: it offers itself as the backup");
-    drop(host);
-    let program = std::env::current_exe().context("where this program is")?.with_file_name("ft-backup");
-    let error =
-        Command::new(&program).arg("--config").arg(&args.config).arg("--node").arg(&args.node).arg("--may-boot").exec();
-    Err(error).with_context(|| format!("cannot become {}", program.display()))
 }

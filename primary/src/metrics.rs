@@ -1,9 +1,10 @@
 //! What a side that runs the guest measures about itself. Durations go to the status board; counters are kept here.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
-use failover::status::{Counters, StatusBoard, Timing};
+use failover::status::{Counters, Status, StatusBoard, Timing};
 use replication_proto::Epoch;
 
 use crate::epoch::PauseParts;
@@ -20,6 +21,15 @@ pub struct Metrics {
     pub wire_bytes: AtomicU64,
     /// Pages in the last checkpoint.
     last_dirty_pages: AtomicU64,
+    base: Mutex<Option<Base>>,
+}
+
+/// A base that is being copied.
+#[derive(Debug)]
+struct Base {
+    began: Instant,
+    total_bytes: u64,
+    left_bytes: u64,
 }
 
 impl Metrics {
@@ -31,6 +41,7 @@ impl Metrics {
             raw_bytes: AtomicU64::new(0),
             wire_bytes: AtomicU64::new(0),
             last_dirty_pages: AtomicU64::new(0),
+            base: Mutex::default(),
         }
     }
 
@@ -60,6 +71,33 @@ impl Metrics {
     /// A takeover lasted this long, from the evidence to the guest running.
     pub fn took_over(&self, took: Duration) {
         self.board.observe(Timing::Failover, took);
+    }
+
+    /// So many pages of the base are still to be copied. The first time that this is said of a base, that is all of it.
+    pub fn base_left(&self, pages: usize) {
+        let left_bytes = u64::try_from(pages.saturating_mul(vmm::PAGE_SIZE)).unwrap_or(u64::MAX);
+        let mut base = self.base.lock().unwrap_or_else(PoisonError::into_inner);
+        let base = base.get_or_insert_with(|| Base { began: Instant::now(), total_bytes: left_bytes, left_bytes });
+        // Later rounds copy again what the guest wrote meanwhile: the first one is what takes time.
+        base.left_bytes = left_bytes.min(base.left_bytes);
+    }
+
+    /// No base is being copied any more.
+    pub fn base_ended(&self) {
+        *self.base.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// Writes into a status how far the base is.
+    pub fn fill_resync(&self, status: &mut Status) {
+        let base = self.base.lock().unwrap_or_else(PoisonError::into_inner);
+        (status.resync_total_bytes, status.resync_remaining_bytes) =
+            base.as_ref().map_or((0, 0), |base| (base.total_bytes, base.left_bytes));
+        status.resync_left_seconds = base.as_ref().and_then(|base| {
+            let done = base.total_bytes.checked_sub(base.left_bytes).filter(|done| *done > 0)?;
+            // Whole MiB are exact in a double, and enough for an estimate.
+            let mib = |bytes: u64| u32::try_from(bytes >> 20).map_or(f64::INFINITY, f64::from);
+            (done >= 1 << 20).then(|| base.began.elapsed().as_secs_f64() * mib(base.left_bytes) / mib(done))
+        });
     }
 
     /// Writes the counters into a status.

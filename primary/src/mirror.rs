@@ -18,6 +18,8 @@ use crate::link::Link;
 #[derive(Default)]
 pub struct Mirror {
     link: Mutex<Option<Link>>,
+    /// What is mirrored, by network device.
+    taps: Mutex<Vec<(u8, Arc<dyn FramePort>)>>,
     /// Read for each frame, without the lock.
     attached: AtomicBool,
 }
@@ -33,6 +35,15 @@ impl Mirror {
     pub fn detach(&self) {
         self.attached.store(false, Ordering::Release);
         *self.link.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// All ports that are mirrored, for somebody else than the machine to read.
+    pub fn ports(self: &Arc<Self>) -> Vec<Arc<dyn FramePort>> {
+        let taps = self.taps.lock().unwrap_or_else(PoisonError::into_inner);
+        let port = |(nic, inner): &(u8, Arc<dyn FramePort>)| -> Arc<dyn FramePort> {
+            Arc::new(MirroredPort { inner: Arc::clone(inner), nic: *nic, mirror: Arc::clone(self) })
+        };
+        taps.iter().map(port).collect()
     }
 
     fn tell(&self, nic: u8, frame: &[u8]) {
@@ -54,6 +65,7 @@ pub struct MirroredPort {
 impl MirroredPort {
     /// Mirrors what network device `nic` takes from `inner`.
     pub fn new(inner: Arc<dyn FramePort>, nic: u8, mirror: Arc<Mirror>) -> Self {
+        mirror.taps.lock().unwrap_or_else(PoisonError::into_inner).push((nic, Arc::clone(&inner)));
         Self { inner, nic, mirror }
     }
 }

@@ -18,6 +18,7 @@ use crate::clock::Clock;
 use crate::epoch::{Afterwards, CheckpointError, EpochParts, checkpoint};
 use crate::link::Link;
 use crate::pacer::Pacer;
+use crate::silent::SilentTaps;
 
 /// What the runner tells its owner.
 #[derive(Debug)]
@@ -25,7 +26,12 @@ pub enum RunnerEvent {
     /// The base, which this epoch ends, has been handed to the link.
     BaseSent(Epoch),
     /// The last checkpoint of a planned switchover has been handed to the link; the guest is stopped.
-    FinalSent(Epoch),
+    FinalSent {
+        /// Its epoch.
+        epoch: Epoch,
+        /// When the guest began to be stopped.
+        since: Duration,
+    },
     /// Protection cannot go on; the runner has left it.
     ProtectionFailed(CheckpointError),
     /// The machine itself failed.
@@ -81,6 +87,7 @@ impl Runner {
             shown: Arc::clone(&last_epoch),
             permit: None,
             stopped: true,
+            late: None,
         };
         let thread = std::thread::Builder::new().name("ft-epoch".into()).spawn(move || state.idle())?;
         Ok(Self { commands, thread: Some(thread), last_epoch })
@@ -172,6 +179,8 @@ struct RunnerThread {
     permit: Option<RunPermit>,
     /// The guest does not run: not started yet, frozen, or stopped by the last checkpoint of a switchover.
     stopped: bool,
+    /// Hears the frames that arrive after the last checkpoint of a switchover: they are told to the backup, as those before.
+    late: Option<SilentTaps>,
 }
 
 /// What became of a protected stretch.
@@ -258,6 +267,7 @@ impl RunnerThread {
                 }
                 Err(RecvTimeoutError::Disconnected) => return Next::ShutDown,
             };
+            let since = self.clock.now();
             let epoch = self.last.next();
             self.use_epoch(epoch);
             link.epoch_begins(epoch.next());
@@ -269,7 +279,10 @@ impl RunnerThread {
             }
             if afterwards == Afterwards::StaysStopped {
                 self.stopped = true;
-                (self.tell)(RunnerEvent::FinalSent(epoch));
+                self.late = SilentTaps::listen(self.parts.mirror.ports())
+                    .inspect_err(|error| log::warn!("frames that come too late are left to retransmission: {error}"))
+                    .ok();
+                (self.tell)(RunnerEvent::FinalSent { epoch, since });
                 return self.stopped_with_link(link);
             }
             pacer.ended(self.clock.now());
@@ -281,6 +294,11 @@ impl RunnerThread {
         loop {
             match self.commands.recv() {
                 Ok(Command::Pause { done }) => drop(done.send(self.stop())),
+                // What still arrives here goes on to whoever runs the guest now.
+                Ok(Command::Freeze { done }) => {
+                    self.permit = None;
+                    drop(done.send(self.stop()));
+                }
                 Ok(command) => {
                     link.close();
                     return self.carry_out(command);
@@ -312,6 +330,10 @@ impl RunnerThread {
             return Err(RunError::Ended("this side has no permit to run the guest".into()));
         };
         log::info!("the guest runs under generation {}", permit.generation());
+        if let Some(late) = self.late.take() {
+            // A switchover that was given up: what was heard meanwhile is left to retransmission.
+            late.stop();
+        }
         failpoint!(PermitRun => return Err(RunError::Ended("a failpoint says so".into())));
         self.machine.run()?;
         failpoint!(PermitRunning);

@@ -217,8 +217,8 @@ impl Stream {
     ///
     /// # Errors
     /// The connection is over.
-    pub fn goodbye(&mut self, reason: GoodbyeReason) -> Result<(), LinkError> {
-        self.protocol.goodbye(reason, "")
+    pub fn goodbye(&mut self, reason: GoodbyeReason, text: &str) -> Result<(), LinkError> {
+        self.protocol.goodbye(reason, text)
     }
 
     /// The connection is gone: every set that was not acknowledged goes back to the ledger. Returns how many checkpoints are given up.

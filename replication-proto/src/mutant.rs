@@ -52,11 +52,15 @@ pub enum Mutant {
     PairingLostIsNeverNamed,
     /// The backup acknowledges an epoch that holds a flush before its changes are on stable storage.
     AckBeforeStable,
+    /// A side that halted because it reached nobody drops its guest and offers itself as the backup, whoever owns the guest.
+    IsolatedRejoins,
+    /// A pause of protection never ends by itself.
+    PauseForEver,
 }
 
 impl Mutant {
     /// Every one of them.
-    pub const ALL: [Self; 24] = [
+    pub const ALL: [Self; 26] = [
         Self::SoloWithoutCas,
         Self::TakeoverWithoutCas,
         Self::RecordWithoutIncarnation,
@@ -81,6 +85,8 @@ impl Mutant {
         Self::HandoverGivenUpBlindly,
         Self::PairingLostIsNeverNamed,
         Self::AckBeforeStable,
+        Self::IsolatedRejoins,
+        Self::PauseForEver,
     ];
 }
 

@@ -367,7 +367,8 @@ impl Receiver {
         let message = header.message;
         let unexpected = |waiting_for| Misbehaved::Unexpected { message: message.name(), waiting_for }.into();
         match (&mut self.phase, message) {
-            (Phase::Ended, _) => Err(Misbehaved::AfterEnd.into()),
+            // Frames still reach a side that has handed the guest over.
+            (Phase::Ended, message) if message != MessageType::Inbound => Err(Misbehaved::AfterEnd.into()),
             (Phase::AwaitHello, MessageType::Hello) => self.handle_hello(&header, &payload),
             (Phase::AwaitHello, _) => Err(unexpected("Hello")),
             (_, MessageType::Goodbye) => {
@@ -401,7 +402,7 @@ impl Receiver {
                     _ => self.handle_end(&payload),
                 }
             }
-            (Phase::Checkpoint(_), _) => Err(unexpected("a part of the checkpoint, or its End")),
+            (Phase::Checkpoint(_) | Phase::Ended, _) => Err(unexpected("a part of the checkpoint, or its End")),
         }
     }
 

@@ -432,13 +432,14 @@ impl Sender {
     }
 
     /// Tells the backup of a frame that reached the guest in `epoch`. It is no part of a checkpoint: if this epoch is never committed, the
-    /// new owner delivers the frame again, and its sender need not wait for a retransmission timeout. At any time after the acceptance.
+    /// new owner delivers the frame again, and its sender need not wait for a retransmission timeout. At any time after the acceptance, and after a
+    /// goodbye, too: frames still reach a side that has handed the guest over.
     ///
     /// # Errors
-    /// [`ApiMisuse`] before the acceptance or after a goodbye, and for a frame that is empty or over [`MAX_INBOUND_BYTES`].
+    /// [`ApiMisuse`] before the acceptance, and for a frame that is empty or over [`MAX_INBOUND_BYTES`].
     pub fn inbound(&mut self, epoch: Epoch, nic: u8, frame: &[u8]) -> Result<(), LinkError> {
         self.guarded(|this| {
-            if this.peer.is_none() || matches!(this.phase, Phase::Ended) {
+            if this.peer.is_none() {
                 return Err(ApiMisuse::State { needs: "an accepted connection" }.into());
             }
             if frame.is_empty() || frame.len() > MAX_INBOUND_BYTES {

@@ -57,6 +57,16 @@ fn heartbeats_arrive_late() {
 }
 
 #[test]
+fn a_side_that_handed_the_guest_over_becomes_the_backup() {
+    contains(&explored("rejoin"), &["switched over", "taken over", "fenced", "swapped"]);
+}
+
+#[test]
+fn a_side_that_reached_nobody_keeps_its_guest_until_it_learns_who_runs() {
+    contains(&explored("isolated"), &["solo", "taken over", "fenced", "restarted"]);
+}
+
+#[test]
 fn the_record_is_set_back() {
     let outcome = explored("rollback");
     contains(&outcome, &["protected", "taken over", "restarted", "fenced"]);

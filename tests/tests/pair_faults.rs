@@ -163,6 +163,15 @@ fn lan_cut_and_switched_over(scene: &mut Scene) -> Result<()> {
     let seen = witnesses.finish(pair)?;
     assert_eq!(speakers(&seen), [Node::A, Node::B]);
     assert_eq!(changes(&seen), 1);
+    // The side that handed the guest over becomes the backup by itself; and the guest can go back.
+    pair.network().mend(&[Wire::Lan(Node::A)])?;
+    wait_status(pair, Node::B, "protected")?;
+    wait_status(pair, Node::A, "in_sync")?;
+    let back = clock::mono_us();
+    pair.ftctl(Node::B, &["failover", "--yes", "--wait"])?.success("ftctl failover --wait")?;
+    pair.wait_event(Node::A, back, LIMIT, "the way back", |e| e.event == "activated")?;
+    wait_status(pair, Node::A, "protected")?;
+    wait_status(pair, Node::B, "in_sync")?;
     Ok(())
 }
 

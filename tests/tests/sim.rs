@@ -34,8 +34,10 @@ fn a_million_epochs_with_faults() {
     println!("{seen:?}");
     assert!(seen.epochs >= 1_000_000);
     // None of it was in vain.
-    let Seen { commits, bases, released, answers, takeovers, boots, fenced, solos, protections, refusals, .. } = seen;
-    let counts = [commits, bases, released, answers, takeovers, boots, fenced, solos, protections, refusals];
+    let Seen {
+        commits, bases, released, answers, takeovers, boots, fenced, solos, protections, refusals, rejoins, ..
+    } = seen;
+    let counts = [commits, bases, released, answers, takeovers, boots, fenced, solos, protections, refusals, rejoins];
     assert!(counts.iter().all(|count| *count >= 10), "{counts:?}");
 }
 

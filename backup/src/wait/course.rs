@@ -129,8 +129,8 @@ impl Course {
                 self.decide(Input::Committed { epoch }, decider, now, out);
             }
             IntakeEvent::Heard(peer) => self.decide(heard(&peer, None), decider, now, out),
-            IntakeEvent::Goodbye(peer, reason) => {
-                let input = Input::PeerGoodbye { peer: node_of(&peer), reason: core_goodbye(reason) };
+            IntakeEvent::Goodbye(peer, goodbye) => {
+                let input = Input::PeerGoodbye { peer: node_of(&peer), reason: core_goodbye(goodbye.reason) };
                 self.decide(input, decider, now, out);
             }
             IntakeEvent::Closed(end) => {
@@ -212,6 +212,7 @@ mod tests {
             highest_generation: Generation(0),
             on_backup_loss: OnBackupLoss::Solo,
             cold_start: ColdStart::Owner,
+            rejoin: failover::decide::Rejoin::default(),
             force_cold_boot: false,
             timers: CoreTimers::default(),
         })

@@ -1,7 +1,7 @@
 //! The side that waits: carries what happens to [`course`] and carries out what it orders, until this side runs the guest.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use crossbeam::channel::{Receiver, Sender, select, unbounded};
@@ -11,11 +11,12 @@ use failover::exit::ExitCode;
 use primary::dial::dial_heartbeat;
 use primary::disk::set::Waiting as WaitingDisks;
 use primary::events::Event as FileEvent;
-use primary::host::{Host, HostEvent};
+use primary::host::{Ending, Host, HostEvent};
 use primary::owner::{Owner, OwnerEvent};
 use primary::pulse::{self, HeartbeatStream, PulseHandle, PulseReport};
 use primary::runner::Runner;
 use primary::setup::SetupError;
+use primary::silent::SilentTaps;
 use replication_proto::{DiskStanding, Epoch, Pulse, ReceiverConfig, ReceiverLimits, Standing};
 use vmm::FramePort;
 
@@ -25,7 +26,6 @@ use crate::disk::DiskKeeper;
 use crate::inbox::Inbox;
 use crate::intake::{Intake, IntakeEvent, LinkEnd};
 use crate::link::{LinkBuilder, LinkEvent, LinkHandle, News};
-use crate::silent::SilentTaps;
 use crate::standby::{AppliedNews, Standby};
 
 pub mod course;
@@ -78,6 +78,8 @@ pub struct Waiter {
     link: LinkHandle,
     pulses: Vec<PulseHandle>,
     course: Course,
+    /// When the owner said that it hands the guest over, and for how long that had been standing still by then.
+    still: Option<(Instant, Duration)>,
     events: Receiver<WaitEvent>,
     tell: Sender<WaitEvent>,
 }
@@ -130,15 +132,15 @@ impl Waiter {
         let taps = SilentTaps::listen(ports).map_err(failed("the silent taps"))?;
         let link = thread.handle();
         let waiting = Waiting { link: thread, applier: applier_thread, disks, standby, taps };
-        Ok(Self { host, waiting, link, pulses: Vec::new(), course: Course::default(), events, tell })
+        Ok(Self { host, waiting, link, pulses: Vec::new(), course: Course::default(), still: None, events, tell })
     }
 
     /// Waits until this side runs the guest, and then runs it; until the decision core says that the process ends.
-    pub fn run(mut self) -> ExitCode {
+    pub fn run(mut self) -> Ending {
         let mut end = self.tell_course(Event::Input(Input::Started));
         loop {
             end = match end {
-                Some(End::Exit(code)) => return code,
+                Some(End::Exit(code)) => return Ending::Exit(code),
                 Some(End::Activate(permit, rest)) => return self.become_owner(permit, rest),
                 Some(End::Boot(permit, rest)) => return self.boot(permit, rest),
                 None => self.step(),
@@ -177,7 +179,10 @@ impl Waiter {
             }
         }
         let end = end.or_else(|| self.on_time());
-        self.link.raise_generation(self.host.identity().generation);
+        if end.is_none() {
+            // Of a side that is about to run, the activation closes the link.
+            self.link.raise_generation(self.host.identity().generation);
+        }
         let committed = self.course.committed();
         self.host.refresh_status(committed, committed, self.course.is_connected());
         end
@@ -229,6 +234,10 @@ impl Waiter {
                 if let LinkEnd::Protocol(error) = end {
                     self.host.desk.protocol_error(error.code());
                 }
+            }
+            IntakeEvent::Goodbye(_, goodbye) => {
+                // How long the guest has been standing still, as the owner says.
+                self.still = goodbye.text.parse().ok().map(|us| (Instant::now(), Duration::from_micros(us)));
             }
             _ => {}
         }
@@ -296,8 +305,8 @@ impl Waiter {
 
     // ---- the end of the wait -----------------------------------------------------------------------------------------------------
 
-    fn become_owner(self, permit: RunPermit, pending: Vec<Action>) -> ExitCode {
-        let Self { host, waiting, pulses, .. } = self;
+    fn become_owner(self, permit: RunPermit, pending: Vec<Action>) -> Ending {
+        let Self { mut host, waiting, pulses, still, .. } = self;
         pulses.iter().for_each(PulseHandle::close);
         let guest = waiting.standby.machine().events();
         let (tell, events) = unbounded();
@@ -309,18 +318,21 @@ impl Waiter {
             Ok(Activated { runner, epoch, resent, ram_digest, took }) => {
                 let activate_us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
                 let ram_digest = ram_digest.map(|digest| format!("{digest:032x}"));
+                if let Some((heard, still)) = still {
+                    host.desk.note_gap(still + heard.elapsed());
+                }
                 host.events.write(&FileEvent::Activated { activate_us, epoch, resent, ram_digest });
                 Owner::new(host, runner, guest, epoch, (tell, events)).run(pending)
             }
             Err(error) => {
                 log::error!("the standby could not be activated: {:#}", anyhow::Error::from(error));
-                ExitCode::Failure
+                Ending::Exit(ExitCode::Failure)
             }
         }
     }
 
     /// Both hosts lost the guest, and the record lets this one boot it anew.
-    fn boot(self, permit: RunPermit, pending: Vec<Action>) -> ExitCode {
+    fn boot(self, permit: RunPermit, pending: Vec<Action>) -> Ending {
         let Self { host, waiting, pulses, .. } = self;
         pulses.iter().for_each(PulseHandle::close);
         let Waiting { link, applier, disks, standby, taps } = waiting;
@@ -329,13 +341,13 @@ impl Waiter {
         // Images and maps are as a later synchronisation will find them; the guest boots on what they hold.
         if let Err(error) = disks.settle_for_boot(&host.disks) {
             log::error!("{error}");
-            return ExitCode::DiskUnusable;
+            return Ending::Exit(ExitCode::DiskUnusable);
         }
         taps.stop();
         let mut machine = standby.into_machine();
         if let Err(error) = machine.load() {
             log::error!("{error}");
-            return ExitCode::KernelUnusable;
+            return Ending::Exit(ExitCode::KernelUnusable);
         }
         let guest = machine.events();
         let (tell, events) = unbounded();
@@ -354,7 +366,7 @@ impl Waiter {
             Ok(runner) => Owner::new(host, runner, guest, Epoch(0), (tell, events)).run(pending),
             Err(error) => {
                 log::error!("the guest did not start: {error:#}");
-                ExitCode::Failure
+                Ending::Exit(ExitCode::Failure)
             }
         }
     }

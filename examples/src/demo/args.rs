@@ -47,6 +47,12 @@ pub(super) struct Args {
     /// Runs one after the other, each with a kill at another moment.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     pub(super) runs: u32,
+    /// Instead of one kill: kill the side that runs, restart it, wait until the pair is protected and armed again, so many times on one connection.
+    #[arg(long, value_name = "N", conflicts_with_all = ["runs", "kill", "arbiter_pause", "keep"], value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub(super) chain: Option<u32>,
+    /// With --chain: hand the guest over (`ftctl failover`) instead of killing.
+    #[arg(long, requires = "chain")]
+    pub(super) planned: bool,
     /// Decides the values written and the moment of the kill; random if not given.
     #[arg(long)]
     pub(super) seed: Option<u64>,

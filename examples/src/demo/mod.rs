@@ -3,6 +3,7 @@
 //! [`run`] reads as the story of one run; the rest prepares it and shows what came of it.
 
 mod args;
+mod chain;
 mod error;
 mod host;
 mod interrupt;
@@ -61,6 +62,9 @@ fn demo(args: &Args) -> Result<bool, DemoError> {
         Some(seed) => seed,
         None => getrandom::u64().map_err(|e| DemoError::Host(format!("no randomness for the seed: {e}")))?,
     };
+    if let Some(length) = args.chain {
+        return chain::chain(args, length, seed, artifacts, &screen, &interrupt);
+    }
     let mut outcomes: Vec<Outcome> = Vec::new();
     for number in 1..=args.runs {
         let seed = seed.wrapping_add(u64::from(number) - 1);

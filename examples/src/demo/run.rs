@@ -72,7 +72,7 @@ pub(super) fn prepare(args: &Args, artifacts: Artifacts, interrupt: &Interrupt) 
     Ok(Stage { site, pair })
 }
 
-fn keep_files(mut stage: Stage, interrupt: &Interrupt) -> String {
+pub(super) fn keep_files(mut stage: Stage, interrupt: &Interrupt) -> String {
     stage.pair.keep_files();
     drop(stage);
     interrupt.keep_files()

@@ -21,7 +21,7 @@ pub use etcd::EtcdSection;
 pub use units::{format_size, format_span, parse_size, parse_span};
 
 use crate::arbiter::NodeRef;
-use crate::decide::{ColdStart, CoreConfig, CoreTimers, OnBackupLoss, Role};
+use crate::decide::{ColdStart, CoreConfig, CoreTimers, OnBackupLoss, Rejoin, Role};
 use crate::text::harmless;
 use replication_proto::{Generation, Incarnation};
 
@@ -237,6 +237,43 @@ pub struct PolicySection {
     pub on_backup_loss: OnBackupLoss,
     /// Whether the recorded owner boots anew after everything was lost.
     pub cold_start: ColdStart,
+    /// Whether a fenced side becomes the backup by itself.
+    pub rejoin: Rejoin,
+}
+
+/// A share of something, written `"20%"`: 1 to 100.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Percent(u8);
+
+impl Percent {
+    /// As a part of one: above 0, at most 1.
+    pub fn share(self) -> f64 {
+        f64::from(self.0) / 100.0
+    }
+}
+
+impl TryFrom<String> for Percent {
+    type Error = &'static str;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        let number = text.strip_suffix('%').and_then(|number| number.parse().ok());
+        number.filter(|number| (1..=100).contains(number)).map(Self).ok_or("not a share (write \"1%\" to \"100%\")")
+    }
+}
+
+impl From<Percent> for String {
+    fn from(percent: Percent) -> Self {
+        format!("{}%", percent.0)
+    }
+}
+
+/// `[protect]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ProtectSection {
+    /// Most of its time that a base is copied in. Less when the guest's vCPUs have to wait for a processor meanwhile.
+    pub base_share: Percent,
 }
 
 /// `[limits]`, all in bytes.
@@ -369,6 +406,9 @@ pub struct PairConfig {
     /// Choices.
     #[serde(default)]
     pub policy: PolicySection,
+    /// How protection comes about.
+    #[serde(default)]
+    pub protect: ProtectSection,
     /// Memory bounds.
     #[serde(default)]
     pub limits: LimitsSection,
@@ -382,7 +422,7 @@ pub struct PairConfig {
 }
 
 mod defaults {
-    use super::{Duration, EpochSection, LimitsSection, TimersSection};
+    use super::{Duration, EpochSection, LimitsSection, Percent, ProtectSection, TimersSection};
 
     pub(super) fn vcpus() -> u8 {
         1
@@ -407,6 +447,12 @@ mod defaults {
                 protect_retry: Duration::from_secs(1),
                 arbiter_probe: Duration::from_secs(1),
             }
+        }
+    }
+
+    impl Default for ProtectSection {
+        fn default() -> Self {
+            Self { base_share: Percent(100) }
         }
     }
 
@@ -522,6 +568,7 @@ impl PairConfig {
             highest_generation: highest,
             on_backup_loss: self.policy.on_backup_loss,
             cold_start: self.policy.cold_start,
+            rejoin: self.policy.rejoin,
             force_cold_boot: false,
             timers: CoreTimers {
                 solo: self.timers.solo,

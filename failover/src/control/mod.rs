@@ -1,6 +1,7 @@
 //! `ftctl`'s way in: a unix socket, one JSON object per line in each direction.
 //!
-//! Request: `{"method":"status"}`, `failover` (`"mode":"planned"|"force"`, `"confirm"`, `"without_arbiter"`), `stop`, `protect`, `unprotect`.
+//! Request: `{"method":"status"}`, `failover` (`"mode":"planned"|"force"`, `"confirm"`, `"without_arbiter"`), `stop`, `protect`, `unprotect`, `pause-protection` (`"seconds"`),
+//! `rejoin`.
 //! Answer: any number of `{"progress":"…"}`, then exactly one `{"result":…}` or `{"error":{"code":…,"text":…}}`.
 //!
 //! Only root and the user that runs the process may connect. Every line is bounded, every client has a time limit, and the number of clients is
@@ -50,6 +51,14 @@ pub enum Request {
     Protect {},
     /// Go on without a backup.
     Unprotect {},
+    /// Go on without a backup for so long.
+    #[serde(rename = "pause-protection")]
+    PauseProtection {
+        /// How long, in seconds.
+        seconds: u64,
+    },
+    /// A fenced side becomes the backup.
+    Rejoin {},
 }
 
 /// Why a request was not carried out.

@@ -27,6 +27,8 @@ const IDLE: Duration = Duration::from_secs(30);
 const STUCK: Duration = Duration::from_secs(5);
 /// A command that is not answered for this long has an unknown outcome.
 const PATIENCE: Duration = Duration::from_secs(120);
+/// Longest pause of protection: a week.
+const MAX_PAUSE_SECONDS: u64 = 7 * 24 * 3600;
 /// Progress lines that may wait for a slow client.
 const PROGRESS: usize = 256;
 
@@ -73,10 +75,13 @@ impl ReplyHandle {
         let _ = self.replies.try_send(Reply::Progress(text.into()));
     }
 
-    /// Answers for good.
-    pub fn finish(self, outcome: CommandOutcome) {
+    /// Answers for good. `gap`: for how long the guest stood still on its way to the other side, as far as this side can tell.
+    pub fn finish(self, outcome: CommandOutcome, gap: Option<Duration>) {
         let reply = match outcome {
-            CommandOutcome::Done(text) => Reply::Result(serde_json::json!({ "text": text })),
+            CommandOutcome::Done(text) => {
+                let gap = gap.map(|gap| gap.as_secs_f64());
+                Reply::Result(serde_json::json!({ "text": text, "gap_seconds": gap }))
+            }
             CommandOutcome::Refused(text) => Reply::error(ErrorCode::Refused, text),
             CommandOutcome::Unknown(text) => Reply::error(ErrorCode::OutcomeUnknown, text),
         };
@@ -278,6 +283,14 @@ fn handle(stream: &UnixStream, shared: &Shared, line: &[u8], asked_by: (u32, i32
         Request::Stop {} => Command::Stop,
         Request::Protect {} => Command::Protect,
         Request::Unprotect {} => Command::Unprotect,
+        Request::PauseProtection { seconds } => {
+            if !(1..=MAX_PAUSE_SECONDS).contains(&seconds) {
+                let text = format!("a pause lasts 1 to {MAX_PAUSE_SECONDS} s: use `unprotect` for longer");
+                return Some(Reply::error(ErrorCode::Refused, text));
+            }
+            Command::PauseProtection { length: Duration::from_secs(seconds) }
+        }
+        Request::Rejoin {} => Command::Rejoin,
     };
     log::info!("control: {command:?} asked by user {}, process {}", asked_by.0, asked_by.1);
     let (replies, inbox) = bounded(PROGRESS);

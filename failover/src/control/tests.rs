@@ -54,7 +54,7 @@ fn status_and_commands_with_progress() {
         assert_eq!(request.command, Command::Switchover);
         request.reply.progress("draining");
         request.reply.progress("handing over");
-        request.reply.finish(CommandOutcome::Done("b runs in generation 2".into()));
+        request.reply.finish(CommandOutcome::Done("b runs in generation 2".into()), None);
     });
     let mut seen = vec![];
     let request = Request::Failover { mode: FailoverMode::Planned, confirm: None, without_arbiter: false };

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{Core, OpId, PeerReport, ReasonCode, Record, Request, STABLE, State, Versioned};
+use super::{Core, OpId, PeerReport, Protection, ReasonCode, Record, Request, STABLE, State, Versioned};
 
 /// Moves times so that one moment becomes another.
 #[derive(Debug, Clone, Copy)]
@@ -45,6 +45,12 @@ impl Core {
         self.probe_at = shift.future(self.probe_at);
         self.retry_at = self.retry_at.filter(|at| *at > now).map(|at| shift.future(at));
         self.protect_after = shift.future(self.protect_after);
+        if let Protection::PausedUntil(until) = &mut self.protection {
+            *until = shift.future(*until);
+        }
+        if let Some(asks) = &mut self.asks {
+            asks.until = shift.future(asks.until);
+        }
         if timers.protect_retry.is_zero() {
             (self.strikes, self.protected_since) = (0, None);
         }
@@ -63,15 +69,19 @@ impl Core {
 
     fn canonicalise_state(&mut self, shift: Shift) {
         match &mut self.state {
-            State::Draining { until, .. }
-            | State::HandingOver { until, .. }
-            | State::Forcing { until, .. }
-            | State::Fenced { until, .. } => *until = shift.future(*until),
+            State::Draining { until, .. } | State::HandingOver { until, .. } | State::Forcing { until, .. } => {
+                *until = shift.future(*until)
+            }
+            State::Fenced { until, rejoin_at, .. } => {
+                *until = shift.future(*until);
+                *rejoin_at = rejoin_at.map(|at| shift.future(at));
+            }
             State::Stopping { note, until, .. } => (*note, *until) = ("", shift.future(*until)),
             _ => {}
         }
         // The only reason that a decision depends on: what the record says of a backup that is given up.
-        let unprotected = matches!(self.state, State::Contending { .. }) && self.reason == ReasonCode::Unprotected;
+        let by_order = matches!(self.reason, ReasonCode::Unprotected | ReasonCode::ProtectionPaused);
+        let unprotected = matches!(self.state, State::Contending { .. }) && by_order;
         self.reason = if unprotected { ReasonCode::Unprotected } else { ReasonCode::Starting };
     }
 

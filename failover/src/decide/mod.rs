@@ -20,6 +20,8 @@ use crate::permit::RunPermit;
 use crate::reason::ReasonCode;
 
 pub(crate) mod explore;
+mod fenced;
+mod moves;
 mod owner;
 mod standby;
 mod start;
@@ -29,12 +31,14 @@ mod view;
 
 pub use types::{
     Action, Answer, ArbiterRequest, ColdStart, Command, CommandOutcome, CoreConfig, CoreTimers, FenceReason, Gate,
-    GoodbyeReason, GuestEnd, Input, LinkLoss, OnBackupLoss, OpId, PeerReport, Role, StateName, Ticket,
+    GoodbyeReason, GuestEnd, Input, LinkLoss, OnBackupLoss, OpId, PeerReport, Rejoin, Role, StateName, Ticket,
 };
 pub use view::View;
 
 /// A protection that held for this long forgets earlier losses.
 const STABLE: Duration = Duration::from_secs(60);
+/// After more than one loss in short order a backup counts only when its connection has stood for this long.
+const STEADY: Duration = Duration::from_secs(5);
 /// Repeated losses double the pause before the next base copy up to `2^MAX_STRIKES` times.
 const MAX_STRIKES: u32 = 6;
 
@@ -55,7 +59,7 @@ enum State {
     Standby,
     TakingOver,
     Forcing { ticket: Ticket, without_arbiter: bool, fenced: Option<FenceReason>, until: Duration },
-    Fenced { reason: FenceReason, until: Duration },
+    Fenced { reason: FenceReason, until: Duration, rejoin_at: Option<Duration> },
     Ended,
 }
 
@@ -72,6 +76,22 @@ struct Outstanding {
     id: OpId,
     request: Request,
     issued: Duration,
+}
+
+/// Whether backups are taken on.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+enum Protection {
+    On,
+    Off,
+    /// Not before.
+    PausedUntil(Duration),
+}
+
+/// A backup asks its owner for the guest, because an operator wants it here.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Asks {
+    ticket: Ticket,
+    until: Duration,
 }
 
 /// What a standby knows of its own worth.
@@ -127,7 +147,10 @@ pub struct Core {
     standby: StandbyFacts,
     /// A backup that is connected and waits for its base.
     waiting: Option<NodeRef>,
-    protect: bool,
+    protection: Protection,
+    /// The owner's backup asks for the guest, as far as it said last.
+    asked_for: bool,
+    asks: Option<Asks>,
     protect_after: Duration,
     protected_since: Option<Duration>,
     strikes: u32,
@@ -169,7 +192,9 @@ impl Core {
             report: None,
             standby: StandbyFacts::default(),
             waiting: None,
-            protect: true,
+            protection: Protection::On,
+            asked_for: false,
+            asks: None,
             protect_after: Duration::ZERO,
             protected_since: None,
             strikes: 0,
@@ -194,7 +219,7 @@ impl Core {
         match input {
             Input::Started => self.started(now, out),
             Input::Arbiter { op, answer } => self.answered(op, answer, now, out),
-            Input::PeerHeard { peer, report } => self.peer_heard(&peer, report, now),
+            Input::PeerHeard { peer, report } => self.peer_heard(&peer, report, now, out),
             Input::PeerGoodbye { peer, reason } => self.peer_goodbye(&peer, reason),
             Input::LinkLost(loss) => self.link_lost(loss, now, out),
             Input::HigherGenerationSeen(generation) => self.higher_generation(generation, now, out),
@@ -213,6 +238,11 @@ impl Core {
 
     /// Pursues the goal of the present state until there is nothing left to do at `now`.
     fn advance(&mut self, now: Duration, out: &mut Vec<Action>) {
+        if matches!(self.protection, Protection::PausedUntil(until) if now >= until) && !is(Mutant::PauseForEver) {
+            self.protection = Protection::On;
+            self.reason = if self.state == State::Solo { ReasonCode::WaitingForBackup } else { self.reason };
+        }
+        self.stop_asking(now, out);
         // Each round changes the state, makes a request, or ends the loop; no chain of states is longer than this.
         for _ in 0..16 {
             let before = (self.state.clone(), self.op.is_some());
@@ -234,7 +264,7 @@ impl Core {
                 State::Forcing { ticket, without_arbiter, fenced, until } => {
                     self.advance_forcing(ticket, without_arbiter, fenced, until, now, out);
                 }
-                State::Fenced { reason, until } => self.advance_fenced(reason, until, now, out),
+                State::Fenced { reason, until, rejoin_at } => self.advance_fenced(reason, until, rejoin_at, now, out),
                 State::Ended => {}
             }
             if before == (self.state.clone(), self.op.is_some()) {
@@ -457,7 +487,7 @@ impl Core {
             // Granted, by whichever of our requests: the record names this very process.
             _ if owned && generation > self.permitted => self.granted(generation, now, out),
             Some(mine) if !owned || generation > mine => self.superseded(now, out),
-            _ => {}
+            _ => self.isolation_ends(now),
         }
     }
 
@@ -497,57 +527,13 @@ impl Core {
         self.protect_after = now;
         self.strikes = 0;
         self.protected_since = None;
+        self.asked_for = false;
         self.go(State::Solo, reason, now);
         self.open(out);
+        let ticket = ticket.or(self.asks.take().map(|asks| asks.ticket));
         if let Some(ticket) = ticket {
             let text = format!("this side runs in generation {generation}");
             out.push(Action::Reply { ticket, outcome: CommandOutcome::Done(text) });
-        }
-    }
-
-    /// Somebody else has, or may have, the right to run.
-    fn superseded(&mut self, now: Duration, out: &mut Vec<Action>) {
-        match self.state {
-            State::Stopping { .. } => {
-                out.push(Action::HoldOutput);
-                self.mine = None;
-                self.stop_reply("stopped; the other side runs the guest", out);
-                self.reason = ReasonCode::Superseded;
-                self.exit(ExitCode::Fenced, out);
-            }
-            State::HandingOver { ticket, .. } => {
-                self.fence(FenceReason::HandedOver, now, out);
-                let text = format!("{} runs in generation {}", self.config.peer, self.highest);
-                out.push(Action::Reply { ticket, outcome: CommandOutcome::Done(text) });
-            }
-            State::Draining { ticket, .. } => {
-                self.fence(FenceReason::Superseded, now, out);
-                let text = format!("{} took over in the meantime", self.config.peer);
-                out.push(Action::Reply { ticket, outcome: CommandOutcome::Done(text) });
-            }
-            _ => self.fence(FenceReason::Superseded, now, out),
-        }
-    }
-
-    fn fence(&mut self, reason: FenceReason, now: Duration, out: &mut Vec<Action>) {
-        let (code, keep) = match reason {
-            FenceReason::Superseded => (ReasonCode::Superseded, self.config.timers.fenced_keep),
-            FenceReason::Isolated => (ReasonCode::Isolated, self.config.timers.fenced_keep),
-            FenceReason::HandedOver => (ReasonCode::HandedOver, self.config.timers.handed_over_keep),
-        };
-        self.mine = None;
-        self.gate = Gate::Held;
-        self.paused = true;
-        self.waiting = None;
-        self.detector.forget();
-        out.push(Action::HoldOutput);
-        out.push(Action::Fence { reason });
-        self.go(State::Fenced { reason, until: now.saturating_add(keep) }, code, now);
-    }
-
-    fn advance_fenced(&mut self, reason: FenceReason, until: Duration, now: Duration, out: &mut Vec<Action>) {
-        if now >= until {
-            self.exit(fence_exit(reason), out);
         }
     }
 
@@ -598,7 +584,8 @@ impl Core {
         let to = self.state_name();
         if to != self.announced {
             // Before an exit, so that the line is written.
-            let at = out.iter().position(|action| matches!(action, Action::Exit(_))).unwrap_or(out.len());
+            let ends = |action: &Action| matches!(action, Action::Exit(_) | Action::Rejoin);
+            let at = out.iter().position(ends).unwrap_or(out.len());
             let generation = self.mine.unwrap_or(self.highest);
             let line = Action::Announce { from: self.announced, to, reason: self.reason, generation };
             out.insert(at, line);
@@ -606,7 +593,7 @@ impl Core {
         }
     }
 
-    fn peer_heard(&mut self, peer: &NodeRef, report: Option<PeerReport>, now: Duration) {
+    fn peer_heard(&mut self, peer: &NodeRef, report: Option<PeerReport>, now: Duration, out: &mut Vec<Action>) {
         if peer.node != self.config.peer {
             return;
         }
@@ -614,6 +601,7 @@ impl Core {
             self.standby.declined = None;
             if let Some(report) = report {
                 self.report = Some((now, report));
+                self.peer_asks(report.asks, now, out);
                 let in_sync =
                     self.known.as_ref().is_some_and(|known| known.record.in_sync.as_ref() == Some(&self.config.me));
                 if self.mine.is_none() && report.protected && !in_sync {
@@ -651,14 +639,6 @@ fn ask_first(out: &mut Vec<Action>) {
     {
         let request = out.remove(ask);
         out.insert(drop, request);
-    }
-}
-
-const fn fence_exit(reason: FenceReason) -> ExitCode {
-    match reason {
-        FenceReason::Superseded => ExitCode::Fenced,
-        FenceReason::Isolated => ExitCode::Isolated,
-        FenceReason::HandedOver => ExitCode::HandedOver,
     }
 }
 

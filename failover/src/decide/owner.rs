@@ -1,4 +1,4 @@
-//! The owner's half: taking a backup on (R5), going on without it (R3), and handing the guest over.
+//! The owner's half: taking a backup on (R5), and going on without it (R3).
 
 use std::time::Duration;
 
@@ -6,8 +6,8 @@ use replication_proto::Epoch;
 use replication_proto::mutant::{Mutant, is};
 
 use super::{
-    Action, Command, CommandOutcome, Core, Evidence, FenceReason, Gate, GoodbyeReason, LinkLoss, MAX_STRIKES, NodeRef,
-    Reason, ReasonCode, STABLE, State, Ticket,
+    Action, CommandOutcome, Core, Evidence, FenceReason, Gate, GoodbyeReason, LinkLoss, MAX_STRIKES, NodeRef,
+    Protection, Reason, ReasonCode, STABLE, STEADY, State,
 };
 
 impl Core {
@@ -23,6 +23,9 @@ impl Core {
             return self.lose(ReasonCode::BackupReplaced, now, out);
         }
         self.waiting = Some(backup);
+        if self.strikes > 1 {
+            self.protect_after = self.protect_after.max(now.saturating_add(STEADY));
+        }
     }
 
     pub(super) fn base_committed(&mut self, peer: &NodeRef, epoch: Epoch, now: Duration, out: &mut Vec<Action>) {
@@ -65,8 +68,8 @@ impl Core {
         match (&self.state, loss) {
             // The stream is lost for good, but the backup may be just about to take over: the grace keeps the contest fair.
             (State::Protected { .. } | State::Draining { .. }, LinkLoss::PeerClosed) => self.detector.stream_lost(now),
-            // It closes the connection as soon as it has won.
-            (State::HandingOver { .. }, LinkLoss::PeerClosed) => {}
+            // It closes the connection as soon as it has won: what the record says by now is worth a look.
+            (State::HandingOver { .. }, LinkLoss::PeerClosed) => self.retry_at = None,
             // What we closed ourselves looks to the backup like our death: be first at the arbiter.
             _ if self.backup().is_some() => self.lose(reason, now, out),
             _ => {}
@@ -78,57 +81,6 @@ impl Core {
             self.detector.left(peer.incarnation);
         } else {
             self.standby_goodbye(peer, reason);
-        }
-    }
-
-    pub(super) fn command(&mut self, ticket: Ticket, command: Command, now: Duration, out: &mut Vec<Action>) {
-        let refuse = |out: &mut Vec<Action>, text: String| {
-            out.push(Action::Reply { ticket, outcome: CommandOutcome::Refused(text) });
-        };
-        match command {
-            Command::Stop => self.stop(ticket, now, out),
-            Command::ForceTakeover { without_arbiter } => self.force(ticket, without_arbiter, now, out),
-            Command::Switchover => match self.state.clone() {
-                State::Protected { backup } => {
-                    out.push(Action::BeginSwitchover);
-                    self.paused = true;
-                    let until = now.saturating_add(self.config.timers.command_patience);
-                    self.go(State::Draining { backup, ticket, until }, ReasonCode::SwitchoverAsked, now);
-                }
-                _ if self.mine.is_none() => refuse(out, "this side does not run the guest: ask the owner".into()),
-                _ => refuse(out, format!("not protected ({}): nothing to switch to", self.state_name().word())),
-            },
-            Command::Protect | Command::Unprotect if self.mine.is_none() => {
-                refuse(out, "this side does not run the guest: ask the owner".into());
-            }
-            Command::Protect => {
-                self.protect = true;
-                let outcome = CommandOutcome::Done("a backup is taken on as soon as it is there".into());
-                out.push(Action::Reply { ticket, outcome });
-            }
-            Command::Unprotect if matches!(self.state, State::Stopping { .. } | State::HandingOver { .. }) => {
-                refuse(out, "the guest is on its way off this node".into());
-            }
-            Command::Unprotect => {
-                self.protect = false;
-                if self.backup().is_some() {
-                    self.lose(ReasonCode::Unprotected, now, out);
-                }
-                self.reason = ReasonCode::Unprotected;
-                let outcome = CommandOutcome::Done("no backup is taken on until `ftctl protect`".into());
-                out.push(Action::Reply { ticket, outcome });
-            }
-        }
-    }
-
-    pub(super) fn switchover_ready(&mut self, now: Duration, out: &mut Vec<Action>) {
-        if let State::Draining { backup, ticket, .. } = self.state.clone() {
-            self.hold(out);
-            out.push(Action::SayGoodbye(GoodbyeReason::Switchover));
-            // The guest is stopped: a backup that died just now must not cost more than a few takeovers. The record decides in any case.
-            let timers = &self.config.timers;
-            let until = now.saturating_add(timers.takeover.saturating_mul(4).min(timers.command_patience));
-            self.go(State::HandingOver { backup, ticket, until }, ReasonCode::SwitchoverAsked, now);
         }
     }
 
@@ -149,7 +101,7 @@ impl Core {
     }
 
     /// The stream to the backup cannot go on. Where the record may name it, output is held and the arbiter is asked.
-    fn lose(&mut self, reason: ReasonCode, now: Duration, out: &mut Vec<Action>) {
+    pub(super) fn lose(&mut self, reason: ReasonCode, now: Duration, out: &mut Vec<Action>) {
         if let State::Draining { ticket, .. } | State::HandingOver { ticket, .. } = self.state {
             let text = "the backup was lost before it could take the guest over".to_owned();
             out.push(Action::Reply { ticket, outcome: CommandOutcome::Refused(text) });
@@ -160,7 +112,7 @@ impl Core {
         self.drop_backup(out);
         self.count_loss(now);
         self.detector.forget();
-        self.report = None;
+        (self.report, self.asked_for) = (None, false);
         self.reason = reason;
         if never_named {
             // No record named this backup and none can: the last successful solo write still holds (R3).
@@ -172,13 +124,13 @@ impl Core {
     }
 
     /// There is one connection, whoever waits at its other end: after this nobody does.
-    fn drop_backup(&mut self, out: &mut Vec<Action>) {
+    pub(super) fn drop_backup(&mut self, out: &mut Vec<Action>) {
         self.waiting = None;
         out.push(Action::DropBackup);
     }
 
     /// Row 20: a link that flaps is not answered with a storm of base copies and writes to the arbiter.
-    fn count_loss(&mut self, now: Duration) {
+    pub(super) fn count_loss(&mut self, now: Duration) {
         if self.protected_since.take().is_some_and(|since| now.saturating_sub(since) >= STABLE) {
             self.strikes = 0;
         }
@@ -187,7 +139,7 @@ impl Core {
         self.strikes = (self.strikes + 1).min(MAX_STRIKES);
     }
 
-    fn silence_reason(evidence: Evidence) -> ReasonCode {
+    pub(super) fn silence_reason(evidence: Evidence) -> ReasonCode {
         match evidence {
             Evidence::Silent => ReasonCode::BackupSilent,
             Evidence::Closed => ReasonCode::BackupClosed,
@@ -206,7 +158,7 @@ impl Core {
             return self.go(State::Contending { backup: None }, ReasonCode::NotInSync, now);
         }
         let trusted = !self.stale && self.alarm.is_none() && !self.blind && self.settled();
-        if !self.protect || now < self.protect_after || !trusted {
+        if self.protection != Protection::On || now < self.protect_after || !trusted {
             return;
         }
         if let Some(backup) = self.waiting.take() {
@@ -291,7 +243,7 @@ impl Core {
         }
         let Some(mine) = self.mine else { return };
         let (reason, note) = match self.reason {
-            ReasonCode::Unprotected => (Reason::Unprotected, ReasonCode::Unprotected.text()),
+            code @ (ReasonCode::Unprotected | ReasonCode::ProtectionPaused) => (Reason::Unprotected, code.text()),
             code => (Reason::BackupLost, code.text()),
         };
         let me = self.config.me.clone();
@@ -320,7 +272,7 @@ impl Core {
         self.go(State::Protected { backup }, ReasonCode::Covered, now);
     }
 
-    fn resume(&mut self, out: &mut Vec<Action>) {
+    pub(super) fn resume(&mut self, out: &mut Vec<Action>) {
         if self.paused {
             self.paused = false;
             out.push(Action::ResumeGuest);
@@ -338,54 +290,5 @@ impl Core {
             let last = self.last_usable.map_or(self.since, |usable| usable.max(self.since));
             last.saturating_add(self.config.timers.isolation_halt)
         })
-    }
-
-    // ---- switchover --------------------------------------------------------------------------------------------------------------
-
-    pub(super) fn advance_draining(
-        &mut self,
-        backup: &NodeRef,
-        ticket: Ticket,
-        until: Duration,
-        now: Duration,
-        out: &mut Vec<Action>,
-    ) {
-        if let Some(evidence) = self.evidence(now) {
-            return self.lose(Self::silence_reason(evidence), now, out);
-        }
-        if now >= until {
-            let text = "the last epoch was not committed in time; the guest goes on here".to_owned();
-            out.push(Action::Reply { ticket, outcome: CommandOutcome::Refused(text) });
-            // The record was not touched: still protected, as before.
-            self.resume(out);
-            self.go(State::Protected { backup: backup.clone() }, ReasonCode::SwitchoverGivenUp, now);
-        }
-    }
-
-    /// Waits for the backup's takeover. If it does not come, the record decides whether this side may go on.
-    pub(super) fn advance_handing_over(
-        &mut self,
-        _backup: &NodeRef,
-        ticket: Ticket,
-        until: Duration,
-        now: Duration,
-        out: &mut Vec<Action>,
-    ) {
-        if now >= until {
-            let text = "the backup did not take over in time; the guest goes on here if the arbiter agrees".to_owned();
-            out.push(Action::Reply { ticket, outcome: CommandOutcome::Refused(text) });
-            self.drop_backup(out);
-            self.count_loss(now);
-            self.detector.forget();
-            if is(Mutant::HandoverGivenUpBlindly) {
-                return self.gone_solo(false, now, out);
-            }
-            return self.go(State::Contending { backup: None }, ReasonCode::SwitchoverGivenUp, now);
-        }
-        if self.due(now) {
-            self.read(now, out);
-            // Not an error: just the next look.
-            self.retry_at = Some(now.saturating_add(self.config.timers.arbiter_retry));
-        }
     }
 }

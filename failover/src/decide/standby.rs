@@ -238,10 +238,7 @@ impl Core {
         };
         out.push(Action::Reply { ticket, outcome });
         match fenced {
-            Some(reason) => {
-                let until = now.saturating_add(self.config.timers.fenced_keep);
-                self.go(State::Fenced { reason, until }, ReasonCode::Superseded, now);
-            }
+            Some(reason) => self.go_fenced(reason, now),
             None if self.standby.committed.is_none() => self.go(State::Standby, ReasonCode::Hollow, now),
             None => self.go(State::Standby, ReasonCode::ArbiterUnreachable, now),
         }

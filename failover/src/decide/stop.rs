@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use replication_proto::mutant::{Mutant, is};
 
+use super::fenced::fence_exit;
 use super::{
     Action, CommandOutcome, Core, ExitCode, Gate, GoodbyeReason, GuestEnd, Reason, ReasonCode, Request, State, Ticket,
-    fence_exit,
 };
 
 impl Core {

@@ -63,6 +63,19 @@ pub enum ColdStart {
     Never,
 }
 
+/// When a fenced side drops the guest that it keeps, and becomes the backup of the side that runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Rejoin {
+    /// Only when an operator says so. Otherwise the process ends when the guest was kept for long enough.
+    Never,
+    /// At once after a planned switchover; after a takeover when the guest was kept for `fenced_keep`.
+    #[default]
+    AfterKeep,
+    /// As soon as the record shows that the other side owns the guest.
+    AtOnce,
+}
+
 /// What this process may become.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Role {
@@ -95,8 +108,10 @@ pub struct CoreTimers {
     pub command_patience: Duration,
     /// How long an ordered stop waits for the arbiter.
     pub stop_patience: Duration,
-    /// How long the paused guest is kept after a planned switchover.
+    /// How long the paused guest is kept after a planned switchover, if this side cannot or must not rejoin.
     pub handed_over_keep: Duration,
+    /// A side that is to rejoin stays as it is for this long: what still reaches it is passed on, and answers leave.
+    pub rejoin_linger: Duration,
 }
 
 impl Default for CoreTimers {
@@ -113,6 +128,7 @@ impl Default for CoreTimers {
             command_patience: Duration::from_secs(5),
             stop_patience: Duration::from_secs(10),
             handed_over_keep: Duration::from_secs(10),
+            rejoin_linger: Duration::from_millis(250),
         }
     }
 }
@@ -134,6 +150,8 @@ pub struct CoreConfig {
     pub on_backup_loss: OnBackupLoss,
     /// Who boots after everything was lost.
     pub cold_start: ColdStart,
+    /// Whether a fenced side becomes the backup by itself.
+    pub rejoin: Rejoin,
     /// An operator confirmed that the guest is to be booted anew although the record names a backup in sync.
     pub force_cold_boot: bool,
     /// Intervals.
@@ -147,6 +165,8 @@ pub struct PeerReport {
     pub arbiter_age: Option<Duration>,
     /// The owner says that it is PROTECTED.
     pub protected: bool,
+    /// The backup asks for the guest: an operator wants it there.
+    pub asks: bool,
 }
 
 /// Why a side takes its leave on the link.
@@ -183,7 +203,7 @@ pub enum GuestEnd {
 /// What an operator asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Command {
-    /// Planned: the owner hands the guest to its backup; nothing is lost.
+    /// Planned: the owner hands the guest to its backup; nothing is lost. A backup in sync asks its owner for that.
     Switchover,
     /// R11: take over although the record does not allow it by itself. The shell has checked the confirmation.
     ForceTakeover {
@@ -196,6 +216,13 @@ pub enum Command {
     Protect,
     /// Go on without a backup, and take none on.
     Unprotect,
+    /// The same for so long; then backups are taken on again, whether somebody still remembers it or not.
+    PauseProtection {
+        /// How long.
+        length: Duration,
+    },
+    /// A fenced side drops the guest that it keeps, and becomes the backup.
+    Rejoin,
 }
 
 /// What became of a command.
@@ -376,6 +403,8 @@ pub enum Action {
         /// Details.
         text: String,
     },
+    /// Drop the guest and begin anew as a backup, in the same place of the service manager's tree, with a new incarnation.
+    Rejoin,
     /// End the process with this code, after all that was asked before.
     Exit(ExitCode),
 }

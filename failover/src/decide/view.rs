@@ -5,7 +5,7 @@ use std::time::Duration;
 use replication_proto::mutant::{Mutant, is};
 use replication_proto::{Epoch, Generation};
 
-use super::{Core, Gate, NodeRef, ReasonCode, State, StateName, Versioned};
+use super::{Core, Gate, NodeRef, Protection, ReasonCode, State, StateName, Versioned};
 use crate::detector::Detector;
 
 /// The facts that a status is made of.
@@ -45,6 +45,10 @@ pub struct View {
     pub alarm: Option<ReasonCode>,
     /// The operator forced this side to run without the arbiter.
     pub blind: bool,
+    /// This backup asks the owner for the guest.
+    pub asks: bool,
+    /// For how long backups are not taken on yet: protection is paused, or was lost too often.
+    pub protects_in: Option<Duration>,
 }
 
 impl Core {
@@ -114,6 +118,17 @@ impl Core {
             record: self.known.clone(),
             alarm: self.alarm,
             blind: self.blind,
+            asks: self.asks.is_some(),
+            protects_in: self.protects_at().map(|at| at.saturating_sub(now)).filter(|left| !left.is_zero()),
+        }
+    }
+
+    /// When backups are taken on again, if that is a matter of time.
+    fn protects_at(&self) -> Option<Duration> {
+        match (&self.state, &self.protection) {
+            (State::Solo | State::Contending { .. }, Protection::On) => Some(self.protect_after),
+            (_, Protection::PausedUntil(until)) => Some(*until),
+            _ => None,
         }
     }
 
@@ -126,16 +141,23 @@ impl Core {
             State::Stopping { until, .. }
             | State::Draining { until, .. }
             | State::HandingOver { until, .. }
-            | State::Forcing { until, .. }
-            | State::Fenced { until, .. } => Some(*until),
+            | State::Forcing { until, .. } => Some(*until),
+            State::Fenced { until, rejoin_at, .. } => {
+                Some(rejoin_at.filter(|at| *at > now).unwrap_or(*until).min(*until))
+            }
             State::Contending { .. } => self.isolated_at(),
             State::Solo if self.waiting.is_some() => Some(self.protect_after),
             State::Ended => return None,
             _ => None,
         };
         let waits = self.op.is_none();
+        let pause = match self.protection {
+            Protection::PausedUntil(until) => Some(until),
+            Protection::On | Protection::Off => None,
+        };
+        let asks = self.asks.as_ref().map(|asks| asks.until);
         let retry = self.retry_at.filter(|_| waits);
         let probe = waits.then_some(self.probe_at);
-        [own, watched(&self.detector), retry, probe].into_iter().flatten().filter(|at| *at > now).min()
+        [own, watched(&self.detector), pause, asks, retry, probe].into_iter().flatten().filter(|at| *at > now).min()
     }
 }

@@ -132,7 +132,11 @@ impl StatusBoard {
             since: stamp(),
             state_seconds: 0.0,
             unprotected_seconds_total: 0.0,
+            unprotected_seconds: None,
+            protects_in_seconds: None,
             resync_remaining_bytes: 0,
+            resync_total_bytes: 0,
+            resync_left_seconds: None,
             link: LinkStatus { insecure: labels.insecure_link, ..LinkStatus::default() },
             peer: PeerStatus { node: labels.peer.clone(), ..PeerStatus::default() },
             arbiter: ArbiterStatus::default(),
@@ -249,6 +253,7 @@ impl StatusBoard {
         }
         status.state_seconds = (now - inner.state_since).as_secs_f64();
         let running = inner.unprotected_since.map_or(Duration::ZERO, |since| now - since);
+        status.unprotected_seconds = inner.unprotected_since.map(|since| (now - since).as_secs_f64());
         status.unprotected_seconds_total = (inner.unprotected_before + running).as_secs_f64();
         status.lag_seconds = inner.last_commit.map(|at| (now - at).as_secs_f64());
         let histograms = inner.histograms.clone();
@@ -298,6 +303,7 @@ fn fill(status: &mut Status, view: &View) {
     status.generation = view.generation.0;
     status.arbiter.age_seconds = seconds(view.arbiter_age);
     status.arbiter.pending_seconds = seconds(view.arbiter_pending);
+    status.protects_in_seconds = seconds(view.protects_in);
     status.peer.seen_age_seconds = seconds(view.partner_age);
     status.peer.arbiter_age_seconds = seconds(view.partner_arbiter_age);
     status.output.gate = match view.gate {

@@ -200,8 +200,16 @@ pub struct Status {
     pub state_seconds: f64,
     /// For how long the guest ran unprotected, since the process started.
     pub unprotected_seconds_total: f64,
+    /// For how long it has been running unprotected, if it does.
+    pub unprotected_seconds: Option<f64>,
+    /// No base is begun for so long: protection is paused, or was lost too often.
+    pub protects_in_seconds: Option<f64>,
     /// Bytes of the base that are still to be copied.
     pub resync_remaining_bytes: u64,
+    /// Bytes of the base in all; 0 while none is copied.
+    pub resync_total_bytes: u64,
+    /// About how long the rest of it takes.
+    pub resync_left_seconds: Option<f64>,
     /// The link.
     pub link: LinkStatus,
     /// The peer.

@@ -82,6 +82,7 @@ pub(super) fn render(s: &Status) -> String {
         let next = if s.next_step.is_empty() { String::new() } else { format!(". Next: {}", clean(&s.next_step)) };
         line(&mut out, format!("{} ({}) - {}{next}", s.headline(), s.state.word(), clean(&s.reason_text)));
     }
+    protection(&mut out, s);
     if !s.link.up && !s.link.text.is_empty() {
         line(&mut out, format!("Link:  {}", clean(&s.link.text)));
     }
@@ -115,6 +116,24 @@ pub(super) fn render(s: &Status) -> String {
     let warnings = if s.warnings.is_empty() { "none".into() } else { clean(&s.warnings.join("; ")) };
     line(&mut out, format!("Warnings: {warnings}"));
     out
+}
+
+/// How far the next protection is, and for how long there has been none.
+fn protection(out: &mut String, s: &Status) {
+    if s.resync_total_bytes > 0 {
+        let done = s.resync_total_bytes.saturating_sub(s.resync_remaining_bytes);
+        let percent = done.saturating_mul(100) / s.resync_total_bytes;
+        let mib = |bytes: u64| bytes >> 20;
+        let left = s.resync_left_seconds.map_or(String::new(), |left| format!(", {} left", span(left)));
+        let total = mib(s.resync_total_bytes);
+        let _ = writeln!(out, "Resync:  {percent} % ({} of {total} MiB){left}", mib(done));
+    }
+    if let Some(wait) = s.protects_in_seconds {
+        let _ = writeln!(out, "Next base:  not before {}", span(wait));
+    }
+    if let Some(seconds) = s.unprotected_seconds {
+        let _ = writeln!(out, "Unprotected:  for {} ({} in all)", span(seconds), span(s.unprotected_seconds_total));
+    }
 }
 
 fn nodes(out: &mut String, s: &Status) {

@@ -33,6 +33,25 @@ fn a_degraded_status_says_why_and_what_to_do() {
 }
 
 #[test]
+fn a_side_on_its_way_to_protection_says_how_far_it_is() {
+    let board = board();
+    board.apply(&View { protects_in: Some(Duration::from_secs(12)), ..view(StateName::Solo) });
+    let text = board.snapshot().to_table();
+    assert!(text.contains("Next base:  not before 12.0 s") && text.contains("Unprotected:  for "), "{text}");
+    board.apply(&view(StateName::Resync));
+    board.update(|status| {
+        (status.resync_total_bytes, status.resync_remaining_bytes) = (256 << 20, 146 << 20);
+        status.resync_left_seconds = Some(12.0);
+    });
+    let text = board.snapshot().to_table();
+    assert!(text.contains("Resync:  42 % (110 of 256 MiB), 12.0 s left"), "{text}");
+    assert!(!text.contains("Next base"), "{text}");
+    board.apply(&view(StateName::Protected));
+    let status = board.snapshot();
+    assert!(status.unprotected_seconds.is_none() && status.unprotected_seconds_total > 0.0);
+}
+
+#[test]
 fn escape_sequences_do_not_reach_the_terminal() {
     let board = board();
     board.update(|status| {

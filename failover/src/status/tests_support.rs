@@ -44,6 +44,8 @@ pub(crate) fn view(state: StateName) -> View {
         record: None,
         alarm: None,
         blind: false,
+        asks: false,
+        protects_in: None,
     }
 }
 

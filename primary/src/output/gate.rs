@@ -60,6 +60,11 @@ impl Gate {
         self.let_out(OutputQueue::release_on_commit);
     }
 
+    /// The frames of `epoch`, the last one before a switchover, are the new owner's to send.
+    pub fn keep(&self, epoch: Epoch) {
+        self.lock().queue.keep(epoch);
+    }
+
     /// Everything waits from now on.
     pub fn hold(&self) {
         self.lock().queue.hold();

@@ -92,6 +92,10 @@ pub struct OutputQueue {
     /// First epoch sealed since outputs are held: its checkpoint covers everything that was ever let out.
     covering: Option<Epoch>,
     committed: Option<Epoch>,
+    /// From this epoch on a commit releases no frames.
+    kept_from: Option<Epoch>,
+    /// Frames of committed epochs that were not released for that reason.
+    kept: Vec<Held>,
     held_bytes: usize,
     held_count: usize,
     counters: QueueCounters,
@@ -108,6 +112,8 @@ impl OutputQueue {
             last_sealed: None,
             covering: None,
             committed: None,
+            kept_from: None,
+            kept: Vec::new(),
             held_bytes: 0,
             held_count: 0,
             counters: QueueCounters::default(),
@@ -172,6 +178,12 @@ impl OutputQueue {
         Some(travelling)
     }
 
+    /// The frames of `epoch` and later ones do not leave on commit: the side that takes the guest over says them, after it has announced itself. They wait
+    /// for [`Self::open`], in case it does not. Console bytes leave as ever: nobody says them again.
+    pub fn keep(&mut self, epoch: Epoch) {
+        self.kept_from = Some(epoch);
+    }
+
     /// The backup holds every epoch up to this one. In [`Mode::OnCommit`] their outputs are returned, in order.
     pub fn committed(&mut self, epoch: Epoch, now: Duration) -> Vec<Released> {
         self.committed = Some(self.committed.map_or(epoch, |c| c.max(epoch)));
@@ -200,10 +212,12 @@ impl OutputQueue {
     /// Solo: everything that waits leaves, in order, and so does all that follows. Only after the record says so (rule R3).
     pub fn open(&mut self, now: Duration) -> Vec<Released> {
         self.mode = Mode::Open;
-        let mut waiting: Vec<Held> = self.sealed.drain(..).flat_map(|(_, held)| held).collect();
+        let mut waiting = std::mem::take(&mut self.kept);
+        waiting.extend(self.sealed.drain(..).flat_map(|(_, held)| held));
         waiting.append(&mut self.current);
         self.covering = None;
         self.committed = None;
+        self.kept_from = None;
         self.release(waiting, now)
     }
 
@@ -213,6 +227,7 @@ impl OutputQueue {
         self.counters.discarded += u64::try_from(self.held_count).unwrap_or(u64::MAX);
         self.sealed.clear();
         self.current.clear();
+        self.kept.clear();
         self.held_bytes = 0;
         self.held_count = 0;
     }
@@ -224,9 +239,15 @@ impl OutputQueue {
             if *epoch > committed {
                 break;
             }
-            if let Some((_, held)) = self.sealed.pop_front() {
+            let Some((epoch, held)) = self.sealed.pop_front() else { break };
+            if self.kept_from.is_none_or(|from| epoch < from) {
                 leaving.extend(held);
+                continue;
             }
+            let (frames, console): (Vec<Held>, Vec<Held>) =
+                held.into_iter().partition(|held| matches!(held.output, Output::Frame { .. }));
+            self.kept.extend(frames);
+            leaving.extend(console);
         }
         self.release(leaving, now)
     }
@@ -269,6 +290,41 @@ mod tests {
                 Output::Frame { bytes, .. } | Output::Console(bytes) => bytes[0],
             })
             .collect()
+    }
+
+    /// Before a switchover: the new owner says the last epoch's frames; nobody says console bytes again.
+    #[test]
+    fn frames_of_the_last_epoch_are_kept_for_the_new_owner() {
+        let sealed = || {
+            let mut queue = queue();
+            queue.hold();
+            queue.push(frame(1), Duration::ZERO);
+            queue.seal(Epoch(1)).unwrap();
+            queue.push(frame(2), Duration::ZERO);
+            queue.push(Output::Console(Bytes::from_static(b"c")), Duration::ZERO);
+            queue.release_on_commit(Duration::ZERO);
+            queue.keep(Epoch(2));
+            assert_eq!(queue.seal(Epoch(2)).unwrap().len(), 2, "they travel");
+            let left = queue.committed(Epoch(2), MS);
+            let left: Vec<Output> = left.into_iter().map(|released| released.output).collect();
+            assert_eq!(left, [frame(1), Output::Console(Bytes::from_static(b"c"))]);
+            assert_eq!(queue.held().1, 1);
+            queue
+        };
+        let mut moved = sealed();
+        moved.silence();
+        assert_eq!((moved.held(), moved.counters().discarded), ((0, 0), 1));
+        // The backup did not take it: it is said here after all, and later epochs are as ever.
+        let mut stayed = sealed();
+        stayed.hold();
+        stayed.push(frame(3), MS);
+        let left: Vec<Output> = stayed.open(2 * MS).into_iter().map(|released| released.output).collect();
+        assert_eq!((left, stayed.held()), (vec![frame(2), frame(3)], (0, 0)));
+        stayed.hold();
+        stayed.push(frame(4), MS);
+        stayed.seal(Epoch(3)).unwrap();
+        stayed.release_on_commit(MS);
+        assert_eq!(stayed.committed(Epoch(3), MS).len(), 1);
     }
 
     #[test]

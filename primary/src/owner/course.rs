@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use failover::arbiter::NodeRef;
-use failover::decide::{Action, GoodbyeReason, GuestEnd, Input, LinkLoss, StateName};
+use failover::decide::{Action, FenceReason, GoodbyeReason, GuestEnd, Input, LinkLoss, StateName};
 use replication_proto::Epoch;
 use replication_proto::mutant::{self, Mutant};
 
@@ -150,6 +150,7 @@ impl Course {
                     // The decision core waits for what the backup makes of the goodbye.
                     let step = self.protect.drop_backup(now);
                     self.take(step, decider, now, out);
+                    self.decide(Input::LinkLost(loss), decider, now, out);
                 } else {
                     self.lost(session, loss, decider, now, out);
                 }
@@ -257,6 +258,8 @@ impl Course {
                 self.decide(Input::HigherGenerationSeen(generation), decider, now, out);
             }
             PulseReport::Goodbye(_) => {}
+            // A new owner closes it before it runs; what still reaches this side is passed on over the other one until then.
+            PulseReport::Closed(_) if self.is_leaving(session) => {}
             PulseReport::Closed(_) => self.lost(session, LinkLoss::PeerClosed, decider, now, out),
         }
     }
@@ -302,7 +305,10 @@ impl Course {
                 Action::DropBackup => self.drop_backup(now, out),
                 Action::Fence { reason } => {
                     out.push(Order::Do(Action::Fence { reason }));
-                    self.drop_backup(now, out);
+                    // What reaches a side that handed the guest over is passed on, until the new owner closes the connection.
+                    if reason != FenceReason::HandedOver {
+                        self.drop_backup(now, out);
+                    }
                     out.push(Order::Freeze);
                 }
                 Action::HoldOutput => {

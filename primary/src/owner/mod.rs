@@ -15,7 +15,7 @@ use vmm::MachineEvent;
 
 use crate::dial::{self, Streams};
 use crate::events;
-use crate::host::{Flow, Host, HostEvent, wire_goodbye};
+use crate::host::{Ending, Flow, Host, HostEvent, wire_goodbye};
 use crate::link::{Link, LinkEnd, LinkEvent};
 use crate::protect::Session;
 use crate::pulse::{self, PulseHandle, PulseReport};
@@ -39,6 +39,8 @@ pub enum OwnerEvent {
     Runner(RunnerEvent),
 }
 
+/// Longest pause between two attempts to reach a backup. When a base may be copied to it is the decision core's business.
+const DIAL_INTERVAL: Duration = Duration::from_millis(200);
 /// How often the status is brought up to date when nothing happens.
 const STATUS_INTERVAL: Duration = Duration::from_millis(100);
 /// Events handled before time is looked at again.
@@ -71,6 +73,8 @@ pub struct Owner {
     runner: Runner,
     course: Course,
     connections: Option<Connections>,
+    /// Since when the guest stands still for a switchover.
+    stopped_since: Option<Duration>,
     peer: SocketAddr,
     events: Receiver<OwnerEvent>,
     tell: Sender<OwnerEvent>,
@@ -88,17 +92,17 @@ impl Owner {
         (tell, events): (Sender<OwnerEvent>, Receiver<OwnerEvent>),
     ) -> Self {
         let peer = host.peer_address();
-        let course = Course::new(host.config.timers.protect_retry, last_epoch);
-        Self { host, runner, course, connections: None, peer, events, tell, guest }
+        let course = Course::new(host.config.timers.protect_retry.min(DIAL_INTERVAL), last_epoch);
+        Self { host, runner, course, connections: None, stopped_since: None, peer, events, tell, guest }
     }
 
     /// Runs until the decision core says that the process ends.
-    pub fn run(mut self, pending: Vec<Action>) -> ExitCode {
+    pub fn run(mut self, pending: Vec<Action>) -> Ending {
         let orders = self.course.adopt(pending, self.host.clock.now());
         let mut flow = self.carry_out_all(orders);
         loop {
-            if let Flow::Exit(code) = flow {
-                return self.end(code);
+            if let Some(ending) = flow.ending() {
+                return self.end(ending);
             }
             flow = self.step();
         }
@@ -126,7 +130,7 @@ impl Owner {
                 _ => break,
             }
         }
-        if let Flow::Exit(_) = flow {
+        if flow != Flow::GoOn {
             return flow;
         }
         let flow = self.on_time();
@@ -153,8 +157,9 @@ impl Owner {
     fn on_time(&mut self) -> Flow {
         if self.host.terminate_requested() {
             let stop = self.host.stop_command();
-            if let Flow::Exit(code) = self.tell_course(Event::Input(stop)) {
-                return Flow::Exit(code);
+            let flow = self.tell_course(Event::Input(stop));
+            if flow != Flow::GoOn {
+                return flow;
             }
         }
         let now = self.host.clock.now();
@@ -237,6 +242,9 @@ impl Owner {
             LinkEvent::Closed(end) => {
                 if !self.course.is_leaving(session) {
                     self.note_end(&end);
+                } else if let (LinkEnd::EndOfFile | LinkEnd::Io(_), Some(still)) = (&end, self.stood_still()) {
+                    // The last thing that a new owner does before it runs the guest.
+                    self.host.desk.note_gap(still);
                 }
                 let loss = match end {
                     LinkEnd::EndOfFile | LinkEnd::Io(_) => LinkLoss::PeerClosed,
@@ -245,6 +253,11 @@ impl Owner {
                 self.tell_course(Event::Closed(session, loss))
             }
         }
+    }
+
+    /// For how long the guest has been standing still for a switchover.
+    fn stood_still(&self) -> Option<Duration> {
+        self.stopped_since.map(|since| self.host.clock.now().saturating_sub(since))
     }
 
     fn note_stream(&mut self, event: &StreamEvent) {
@@ -274,8 +287,10 @@ impl Owner {
                 log::info!("the base of epoch {epoch} is on its way");
                 Flow::GoOn
             }
-            RunnerEvent::FinalSent(epoch) => {
+            RunnerEvent::FinalSent { epoch, since } => {
+                self.stopped_since = Some(since);
                 failpoint!(SwitchoverFinal);
+                self.host.events.write(&events::Event::Stopped { epoch });
                 self.tell_course(Event::FinalSent(epoch))
             }
             RunnerEvent::ProtectionFailed(error) => {
@@ -311,8 +326,9 @@ impl Owner {
 
     fn carry_out_all(&mut self, orders: Vec<Order>) -> Flow {
         for order in orders {
-            if let Flow::Exit(code) = self.carry_out(order) {
-                return Flow::Exit(code);
+            let flow = self.carry_out(order);
+            if flow != Flow::GoOn {
+                return flow;
             }
         }
         Flow::GoOn
@@ -336,7 +352,8 @@ impl Owner {
             }
             Order::Goodbye(session, reason) => {
                 if let Some(connections) = self.connections.as_ref().filter(|c| c.session == session) {
-                    connections.link.goodbye(wire_goodbye(reason));
+                    let text = self.stood_still().map_or(String::new(), |still| still.as_micros().to_string());
+                    connections.link.goodbye(wire_goodbye(reason), text);
                 }
             }
         }
@@ -366,6 +383,7 @@ impl Owner {
                 }
             }
             Action::ResumeGuest => {
+                self.stopped_since = None;
                 if let Err(error) = self.runner.resume() {
                     return self.on_runner(RunnerEvent::MachineFailed(error.to_string()));
                 }
@@ -384,6 +402,7 @@ impl Owner {
                 self.runner.final_checkpoint();
             }
             Action::Exit(code) => return Flow::Exit(code),
+            Action::Rejoin => return Flow::Rejoin,
             other => log::error!("an action that is not for a side that runs the guest: {other:?}"),
         }
         Flow::GoOn
@@ -429,7 +448,7 @@ impl Owner {
     }
 
     /// Ends in order: what was said on the link is on its way, the machine's threads are gone.
-    fn end(mut self, code: ExitCode) -> ExitCode {
+    fn end(mut self, ending: Ending) -> Ending {
         self.refresh_status();
         self.host.desk.ending();
         if let Some(connections) = self.connections.take() {
@@ -441,7 +460,7 @@ impl Owner {
         }
         failpoint!(Exit);
         self.runner.shut_down();
-        code
+        ending
     }
 
     /// Waits until the link has sent its goodbye and closed.

@@ -267,6 +267,27 @@ fn receiver_acks_in_order_each_once_and_only_what_ended() {
     assert_eq!(drain(|| receiver.poll_transmit()), session.to_primary);
 }
 
+/// Frames for the guest still reach a side that has handed it over; nothing else may follow a goodbye.
+#[test]
+fn frames_for_the_guest_may_follow_a_goodbye() {
+    let mut sender = Sender::new(sender_config(false));
+    let mut receiver = replication_proto::Receiver::new(receiver_config());
+    receiver.handle_bytes(&drain(|| sender.poll_transmit())).unwrap();
+    assert!(matches!(receiver.poll_event(), Ok(Some(ReceiverEvent::Opened { .. }))));
+    sender.handle_bytes(&drain(|| receiver.poll_transmit())).unwrap();
+    sender.goodbye(GoodbyeReason::Switchover, "1700").unwrap();
+    sender.inbound(Epoch(10), 0, b"late").unwrap();
+    receiver.handle_bytes(&drain(|| sender.poll_transmit())).unwrap();
+    match receiver.poll_event() {
+        Ok(Some(ReceiverEvent::Goodbye(goodbye))) => assert_eq!(goodbye.text, "1700"),
+        other => panic!("{other:?}"),
+    }
+    match receiver.poll_event() {
+        Ok(Some(ReceiverEvent::Inbound { epoch: Epoch(10), nic: 0, frame })) => assert_eq!(&frame[..], b"late"),
+        other => panic!("{other:?}"),
+    }
+}
+
 /// A takeover seen elsewhere ends the connection: not one ack more (rule R2), and the primary learns why.
 #[test]
 fn receiver_that_learns_of_a_higher_generation_acks_nothing_more() {

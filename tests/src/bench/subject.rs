@@ -90,6 +90,7 @@ impl Subject {
             mirror: Arc::new(Mirror::default()),
             metrics,
             ram_digest: false,
+            base_share: 1.0,
             verifier: Arc::new(Verifier::new(Vec::new())),
             disks: Arc::new(OwnerDisks::none()),
         };

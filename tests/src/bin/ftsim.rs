@@ -57,6 +57,7 @@ struct Report {
     takeovers: u64,
     boots: u64,
     fenced: u64,
+    rejoined: u64,
     solo_for_loss: u64,
     protections: u64,
     refused_connections: u64,
@@ -156,7 +157,7 @@ fn live(args: &Args, number: u64) -> Outcome {
 /// The rules that live where the explorer does not look, in the stream and around memory, and a few that both catch; each with a seed that noticed it
 /// once and is tried first.
 #[cfg(feature = "mutants")]
-const BROKEN: [(replication_proto::mutant::Mutant, u64); 11] = {
+const BROKEN: [(replication_proto::mutant::Mutant, u64); 13] = {
     use replication_proto::mutant::Mutant;
     [
         (Mutant::RetireOnSend, 0),
@@ -170,6 +171,8 @@ const BROKEN: [(replication_proto::mutant::Mutant, u64); 11] = {
         (Mutant::TakeoverWithoutCas, 0),
         (Mutant::InSyncBeforeHolding, 0),
         (Mutant::UncertainSyncIsFailure, 253),
+        (Mutant::IsolatedRejoins, 0),
+        (Mutant::PauseForEver, 0),
     ]
 };
 
@@ -230,8 +233,20 @@ fn progress(args: &Args, next: &AtomicU64, stop: &AtomicBool, began: Instant) {
 }
 
 fn report(args: &Args, sum: &Sum, threads: usize, wall: Duration) -> Report {
-    let Seen { epochs, commits, bases, released, answers, takeovers, boots, fenced, solos, protections, refusals } =
-        sum.seen;
+    let Seen {
+        epochs,
+        commits,
+        bases,
+        released,
+        answers,
+        takeovers,
+        boots,
+        fenced,
+        solos,
+        protections,
+        refusals,
+        rejoins,
+    } = sum.seen;
     #[expect(clippy::cast_precision_loss, reason = "a rate for people")]
     let rate = epochs as f64 / wall.as_secs_f64() / threads as f64;
     Report {
@@ -250,6 +265,7 @@ fn report(args: &Args, sum: &Sum, threads: usize, wall: Duration) -> Report {
         takeovers,
         boots,
         fenced,
+        rejoined: rejoins,
         solo_for_loss: solos,
         protections,
         refused_connections: refusals,
@@ -271,6 +287,7 @@ fn print(report: &Report, args: &Args) {
         ("takeovers", report.takeovers),
         ("boots", report.boots),
         ("sides fenced", report.fenced),
+        ("rejoined as backup", report.rejoined),
         ("solo after a loss", report.solo_for_loss),
         ("protections", report.protections),
         ("connections refused", report.refused_connections),

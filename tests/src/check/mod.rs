@@ -103,13 +103,27 @@ pub struct Seen {
     pub protections: u64,
     /// Connections that ended because their bytes were wrong.
     pub refusals: u64,
+    /// Times that a fenced side began anew as the backup.
+    pub rejoins: u64,
 }
 
 impl Seen {
     /// Adds another world's.
     pub fn add(&mut self, other: &Self) {
-        let Self { epochs, commits, bases, released, answers, takeovers, boots, fenced, solos, protections, refusals } =
-            other;
+        let Self {
+            epochs,
+            commits,
+            bases,
+            released,
+            answers,
+            takeovers,
+            boots,
+            fenced,
+            solos,
+            protections,
+            refusals,
+            rejoins,
+        } = other;
         self.epochs += epochs;
         self.commits += commits;
         self.bases += bases;
@@ -121,6 +135,7 @@ impl Seen {
         self.solos += solos;
         self.protections += protections;
         self.refusals += refusals;
+        self.rejoins += rejoins;
     }
 }
 
@@ -133,6 +148,14 @@ impl Ghost {
     /// Something else that must never happen did.
     pub fn broken(&mut self, guarantee: &'static str, what: String) {
         self.violation.get_or_insert(Violation { guarantee, what });
+    }
+
+    /// A fenced side drops the guest that it kept and begins anew. `elsewhere`: the record says that the other node owns the guest.
+    pub fn drops_guest(&mut self, me: &NodeRef, elsewhere: bool) {
+        self.seen.rejoins += 1;
+        if !elsewhere && !self.forced {
+            self.broken("G12", format!("{me} drops a guest that nobody else owns"));
+        }
     }
 
     fn life(&mut self, id: LifeId) -> &mut Life {

@@ -60,6 +60,7 @@ pub enum Deed {
     Fence(FenceReason),
     BeginSwitchover,
     SayGoodbye(GoodbyeReason),
+    Rejoin,
     Exit(ExitCode),
     /// For people only.
     Say(String),
@@ -95,6 +96,7 @@ impl From<Action> for Deed {
             Action::Fence { reason } => Self::Fence(reason),
             Action::BeginSwitchover => Self::BeginSwitchover,
             Action::SayGoodbye(reason) => Self::SayGoodbye(reason),
+            Action::Rejoin => Self::Rejoin,
             Action::Exit(code) => Self::Exit(code),
             Action::Reply { .. } | Action::Announce { .. } | Action::Alarm { .. } => Self::Say(format!("{action:?}")),
         }

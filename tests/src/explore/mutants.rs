@@ -8,7 +8,7 @@ use super::search::{Found, Limits, search};
 use super::setup::Setup;
 
 /// The broken rules that an exploration must find, each with a configuration in which it matters.
-pub const HUNTED: [(Mutant, &str); 18] = [
+pub const HUNTED: [(Mutant, &str); 19] = [
     (Mutant::SoloWithoutCas, "calm"),
     (Mutant::TakeoverWithoutCas, "calm"),
     (Mutant::RecordWithoutIncarnation, "restored"),
@@ -27,6 +27,7 @@ pub const HUNTED: [(Mutant, &str); 18] = [
     (Mutant::AckBeforeCommit, "calm"),
     (Mutant::AckAfterPromotion, "calm"),
     (Mutant::GateOpensOnLinkLoss, "calm"),
+    (Mutant::IsolatedRejoins, "isolated"),
 ];
 
 /// What a hunt came to.

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use failover::arbiter::NodeRef;
-use failover::decide::{GoodbyeReason, GuestEnd, Input, LinkLoss, StateName};
+use failover::decide::{FenceReason, GoodbyeReason, GuestEnd, Input, LinkLoss, StateName};
 use failover::exit::ExitCode;
 use primary::output::queue::Mode;
 use primary::protect::{Protect, Session, Step as SessionStep};
@@ -86,6 +86,8 @@ pub struct Owner {
     pub covering: Option<u8>,
     /// What the gate knows to be committed.
     pub committed: Option<u8>,
+    /// The last epoch before a switchover: its outputs are the new owner's to say.
+    pub kept: Option<u8>,
     /// All outputs of epochs through this one have left.
     pub released: u8,
     /// The machine's thread.
@@ -114,6 +116,7 @@ impl Turn<'_> {
             last: epoch,
             covering: None,
             committed: None,
+            kept: None,
             released: epoch,
             runner: Runner::Idle,
             last_asked: false,
@@ -144,7 +147,7 @@ impl Turn<'_> {
 
     fn open(&mut self) -> Result<(), Violation> {
         let owner = self.owner();
-        (owner.gate, owner.covering, owner.committed) = (Gate::Open, None, None);
+        (owner.gate, owner.covering, owner.committed, owner.kept) = (Gate::Open, None, None, None);
         let sealed = owner.sealed;
         self.release_through(sealed)?;
         // What the running epoch says leaves at once.
@@ -172,7 +175,8 @@ impl Turn<'_> {
     fn release_committed(&mut self) -> Result<(), Violation> {
         let at = self.at;
         let owner = self.owner();
-        let Some(through) = owner.committed.map(|committed| committed.min(owner.sealed)) else { return Ok(()) };
+        let most = owner.kept.map_or(owner.sealed, |kept| kept - 1);
+        let Some(through) = owner.committed.map(|committed| committed.min(most)) else { return Ok(()) };
         if through <= owner.released || owner.gate != Gate::OnCommit {
             return Ok(());
         }
@@ -236,6 +240,8 @@ impl Turn<'_> {
     /// See [`Violation`].
     pub fn last_checkpoint(&mut self) -> Result<(), Violation> {
         if std::mem::take(&mut self.owner().last_asked) && self.owner().runner == Runner::Epochs {
+            let last = self.owner().last + 1;
+            self.owner().kept = Some(last);
             self.end_epoch()?;
             let owner = self.owner();
             (owner.runner, owner.runs) = (Runner::Kept, false);
@@ -375,7 +381,10 @@ impl Turn<'_> {
                 }
             }
             (OwnerEvent::Committed(epoch), Some(session)) => self.on_committed(session, epoch)?,
-            (OwnerEvent::Closed(_), Some(_)) if self.owner().leaving => self.drop_backup()?,
+            (OwnerEvent::Closed(loss), Some(_)) if self.owner().leaving => match self.drop_backup()? {
+                Flow::GoOn => self.decide(Input::LinkLost(loss))?,
+                Flow::Left => Flow::Left,
+            },
             (OwnerEvent::Closed(loss), Some(session)) => self.lost(session, loss)?,
         };
         if flow == Flow::Left { Ok(flow) } else { self.owner_round(Vec::new()) }
@@ -519,19 +528,21 @@ impl Turn<'_> {
             Deed::TrustAcks(backup) => self.trust(&backup)?,
             Deed::PauseGuest => self.pause()?,
             Deed::ResumeGuest => self.resume()?,
-            Deed::Fence(_) => self.fence(),
+            Deed::Fence(reason) => self.fence(reason),
             Deed::ResumeFenced(generation) => self.resume_fenced(generation)?,
             Deed::BeginSwitchover => self.owner().last_asked = true,
             Deed::SayGoodbye(reason) => self.say_goodbye(reason),
+            Deed::Rejoin => return self.rejoin(),
             Deed::Exit(code) => return Ok(self.end_owner(code)),
             other => return Err(format!("not for a side that runs the guest: {other:?}")),
         }
         Ok(Flow::GoOn)
     }
 
-    fn fence(&mut self) {
+    fn fence(&mut self, reason: FenceReason) {
         self.owner().gate = Gate::Silent;
-        if self.owner().protect.drop_backup(Duration::ZERO).is_some() {
+        // What reaches a side that handed the guest over is passed on, until the new owner closes the connection.
+        if reason != FenceReason::HandedOver && self.owner().protect.drop_backup(Duration::ZERO).is_some() {
             self.close();
         }
         self.owner().runs = false;

@@ -61,7 +61,7 @@ pub struct Limits {
 type Sight = (&'static str, fn(&World) -> bool);
 
 /// All of them.
-const SIGHTS: [Sight; 12] = [
+const SIGHTS: [Sight; 13] = [
     ("solo", |w| state(w, StateName::Solo)),
     ("resync", |w| state(w, StateName::Resync)),
     ("protected", |w| state(w, StateName::Protected)),
@@ -72,6 +72,7 @@ const SIGHTS: [Sight; 12] = [
     ("switched over", |w| reason(w, Reason::Switchover) && state(w, StateName::Solo)),
     ("protected again", |w| state(w, StateName::Protected) && revision(w) > 3),
     ("fenced", |w| state(w, StateName::Fenced)),
+    ("swapped", |w| w.owner(1).is_some() && state(w, StateName::Protected)),
     ("stopped", |w| reason(w, Reason::Stopped)),
     ("restarted", |w| NODES.into_iter().any(|node| w.process(node).is_some_and(|process| process.life > 1))),
 ];

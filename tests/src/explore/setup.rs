@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use failover::arbiter::NodeRef;
-use failover::decide::{ColdStart, Command, CoreConfig, CoreTimers, GuestEnd, OnBackupLoss, Role};
+use failover::decide::{ColdStart, Command, CoreConfig, CoreTimers, GuestEnd, OnBackupLoss, Rejoin, Role};
 use replication_proto::{Generation, Incarnation, NodeName, VmId};
 
 /// The two nodes.
@@ -66,6 +66,8 @@ pub struct Setup {
     pub orders: u8,
     /// R10.
     pub on_backup_loss: OnBackupLoss,
+    /// Whether a fenced side becomes the backup by itself.
+    pub rejoin: Rejoin,
     /// Timers of both cores.
     pub timers: CoreTimers,
 }
@@ -84,6 +86,7 @@ pub fn timers() -> CoreTimers {
         command_patience: 2 * TICK,
         stop_patience: 2 * TICK,
         handed_over_keep: NEVER,
+        rejoin_linger: TICK,
     }
 }
 
@@ -110,6 +113,7 @@ impl Setup {
             highest_generation: Generation(u64::from(highest)),
             on_backup_loss: self.on_backup_loss,
             cold_start: ColdStart::Owner,
+            rejoin: self.rejoin,
             force_cold_boot: false,
             timers: self.timers.clone(),
         }
@@ -136,6 +140,7 @@ impl Setup {
             rollbacks: 0,
             orders: 0,
             on_backup_loss: OnBackupLoss::Solo,
+            rejoin: Rejoin::Never,
             timers: timers(),
         }
     }
@@ -144,7 +149,7 @@ impl Setup {
 impl Setup {
     /// The named configurations.
     pub fn all() -> Vec<Self> {
-        [Self::unordered(), Self::ordered()].concat()
+        [Self::unordered(), Self::ordered(), Self::rejoining()].concat()
     }
 
     /// Whatever happens, it happens by itself.
@@ -233,6 +238,48 @@ impl Setup {
                 ..Self::base(
                     "restored",
                     "the record is set back, a backup is restarted, connections break with their processes only",
+                )
+            },
+        ]
+    }
+
+    /// Fenced sides become backups.
+    fn rejoining() -> Vec<Self> {
+        let switchover = vec![(A, Command::Switchover)];
+        vec![
+            Self {
+                lives: [2, 1],
+                commands: switchover,
+                orders: 1,
+                epochs: 4,
+                writes: 4,
+                cuts: false,
+                kills: false,
+                rejoin: Rejoin::AtOnce,
+                ..Self::base("rejoin", "a switchover or a takeover, and the fenced side becomes the backup")
+            },
+            Self {
+                daily: false,
+                lives: [2, 1],
+                commands: vec![(B, Command::Switchover)],
+                orders: 1,
+                epochs: 4,
+                writes: 4,
+                cuts: false,
+                kills: false,
+                rejoin: Rejoin::AtOnce,
+                ..Self::base("called", "the backup asks for the guest, and the fenced side becomes the backup")
+            },
+            Self {
+                lives: [2, 1],
+                epochs: 2,
+                arbiter_fails: true,
+                kills: false,
+                rejoin: Rejoin::AtOnce,
+                timers: CoreTimers { isolation_halt: TICK, ..timers() },
+                ..Self::base(
+                    "isolated",
+                    "a side that reaches nobody halts, and rejoins when it learns that the other one runs",
                 )
             },
         ]

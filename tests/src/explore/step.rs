@@ -256,7 +256,7 @@ fn beat_of(world: &World, node: usize) -> Option<Beat> {
     }
     let view = &process.core.view;
     let protected = view.owner && view.protected;
-    Some(Beat { life: process.life, generation: small(view.generation.0), protected })
+    Some(Beat { life: process.life, generation: small(view.generation.0), protected, asks: view.asks })
 }
 
 /// The heartbeat that may arrive now.

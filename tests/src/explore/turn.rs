@@ -111,7 +111,7 @@ impl<'a> Turn<'a> {
 
     /// What one heartbeat means, in the order in which both shells tell it.
     pub fn inputs_of_beat(&self, beat: Beat) -> Vec<Input> {
-        let report = PeerReport { arbiter_age: Some(Duration::ZERO), protected: beat.protected };
+        let report = PeerReport { arbiter_age: Some(Duration::ZERO), protected: beat.protected, asks: beat.asks };
         vec![
             Input::HigherGenerationSeen(Generation(u64::from(beat.generation))),
             Input::PeerHeard { peer: self.peer(beat.life), report: Some(report) },
@@ -205,6 +205,16 @@ impl<'a> Turn<'a> {
         let shell = Shell::Waiter(Waiter::default());
         self.node.process = Some(Process { life, role, core, errand: Errand::None, wrote: false, shell });
         self.decide(Input::Started)
+    }
+
+    /// A fenced side drops its guest and becomes the program that waits.
+    pub(super) fn rejoin(&mut self) -> Result<Flow, Violation> {
+        let node = node_ref(self.at, 0).node;
+        let elsewhere = self.world.register.as_ref().is_some_and(|stored| stored.record.owner.node != node);
+        if !elsewhere && !self.world.ghost.forced {
+            return Err("G12: a side drops a guest that nobody else owns".to_owned());
+        }
+        self.become_backup()
     }
 
     /// The guest boots under a permit.

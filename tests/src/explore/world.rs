@@ -176,6 +176,8 @@ pub struct Beat {
     pub generation: u8,
     /// It said that it is PROTECTED.
     pub protected: bool,
+    /// It asked for the guest.
+    pub asks: bool,
 }
 
 /// A write whose answer was given up as lost, and that may still be done.

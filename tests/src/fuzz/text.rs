@@ -82,6 +82,8 @@ fn command(line: &[u8]) -> Option<Command> {
         Request::Stop {} => Some(Command::Stop),
         Request::Protect {} => Some(Command::Protect),
         Request::Unprotect {} => Some(Command::Unprotect),
+        Request::PauseProtection { seconds } => Some(Command::PauseProtection { length: Duration::from_secs(seconds) }),
+        Request::Rejoin {} => Some(Command::Rejoin),
     }
 }
 
@@ -115,7 +117,7 @@ fn serve() -> &'static Served {
             for failover::control::ControlRequest { command, reply, asked_by: _ } in requests {
                 let _ = commands_in.send(command);
                 reply.progress("on the way");
-                reply.finish(CommandOutcome::Done("done".into()));
+                reply.finish(CommandOutcome::Done("done".into()), None);
             }
         });
         let client = Client::connect(&socket, PATIENCE).and_then(|mut client| client.status());

@@ -158,7 +158,12 @@ impl<'g, 'w> Operator<'g, 'w> {
 
     /// Whether a side that was fenced still is; an operator's order may have made it run in the meantime.
     fn says_fenced(&mut self, node: Node) -> Result<bool> {
-        let status = self.ground.pair.status(node)?;
+        let status = match self.ground.pair.status(node) {
+            Ok(status) => status,
+            // It has just begun anew as a backup, and cannot be asked yet.
+            Err(_) if self.ground.state(node)?.as_deref() != Some("fenced") => return Ok(false),
+            Err(error) => return Err(error),
+        };
         if status.state() == "fenced" && status.flag("protected") == Some(false) {
             return Ok(true);
         }

@@ -269,8 +269,9 @@ impl Pair {
             if last.is_some_and(|e| e.enters(state)) {
                 return Ok(());
             }
-            if let Some(fenced) = last.filter(|e| e.enters("fenced")) {
-                // It never leaves this state by itself.
+            let stays = |e: &&Event| e.enters("fenced") && e.reason.as_deref() != Some("handed_over");
+            if let Some(fenced) = last.filter(stays) {
+                // It does not leave this state for a long time.
                 let why = fenced.reason.as_deref().unwrap_or("no reason given");
                 return Err(Error::answer(
                     format!("{node} is to be {state}"),

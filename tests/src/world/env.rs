@@ -276,6 +276,12 @@ impl Env {
         self.wants_backup[who.node] = true;
     }
 
+    /// A side drops the guest that it kept.
+    pub fn drops_guest(&mut self, me: &failover::arbiter::NodeRef) {
+        let elsewhere = self.register.record().is_some_and(|record| record.owner.node != me.node);
+        self.ghost.drops_guest(me, elsewhere);
+    }
+
     /// For the broken rule that a promoted backup goes on acknowledging: what is under way still arrives and is acknowledged.
     pub fn linger(&mut self, waiter: &mut WaiterPart, base: &mut Base) {
         let due: Vec<(ConnId, End)> = self.net.of(base.who);

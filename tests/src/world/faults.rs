@@ -1,5 +1,7 @@
 //! What goes wrong in a simulated world, drawn from its seed: which kinds at all, how often, and when.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use failover::decide::{Command, GuestEnd};
 
@@ -203,6 +205,14 @@ pub enum Kind {
     SlowApplier,
     /// A process comes back with another machine.
     Skew,
+    /// A node reaches neither its peer nor the arbiter, for longer than it waits for either.
+    Isolate,
+    /// An operator wants a fenced side as the backup.
+    Rejoin,
+    /// An operator pauses protection.
+    PauseProtection,
+    /// The guest goes to the other side and comes back.
+    Drill,
 }
 
 impl Kind {
@@ -234,6 +244,9 @@ impl Kind {
         Self::SlowApplier,
         Self::Skew,
     ];
+
+    /// Those that were thought of later. They are drawn apart, so that the worlds of the seeds that are known stay what they are.
+    pub const LATER: [Self; 4] = [Self::Isolate, Self::Rejoin, Self::PauseProtection, Self::Drill];
 
     /// The faults of one occurrence, with the time of each after its beginning.
     pub fn draw(self, rng: &mut Rng) -> Vec<(Nanos, Fault)> {
@@ -298,6 +311,31 @@ impl Kind {
             Self::Storm => vec![(0, Fault::Storm(true)), (long / 8, Fault::Storm(false))],
             Self::SlowApplier => vec![(0, Fault::SlowApplier(true)), (long, Fault::SlowApplier(false))],
             Self::Skew => vec![(0, Fault::Skew(node, 1)), (long, Fault::Skew(node, 0))],
+            Self::Isolate | Self::Rejoin | Self::PauseProtection | Self::Drill => self.draw_later(node, long, rng),
+        }
+    }
+
+    fn draw_later(self, node: usize, long: Nanos, rng: &mut Rng) -> Vec<(Nanos, Fault)> {
+        match self {
+            Self::Isolate => {
+                let long = 11_000 * MS + span(rng, MS, 4_000 * MS);
+                let way = if rng.range(0, 2) == 0 { Way::Refused } else { Way::Lost };
+                let begin = [Fault::Cut(0), Fault::Cut(1), Fault::Arbiter(node, way)];
+                let end = [Fault::Arbiter(node, Way::Open), Fault::Mend(0), Fault::Mend(1)];
+                let late = rng.range(0, 2) * 1_500 * MS;
+                let begin = begin.into_iter().map(|fault| (0, fault));
+                begin.chain(end.into_iter().zip([0, late, late]).map(|(fault, late)| (long + late, fault))).collect()
+            }
+            Self::Rejoin => vec![(0, Fault::Command(node, Command::Rejoin))],
+            Self::PauseProtection => {
+                let length = Duration::from_millis(rng.range(500, 20_000));
+                vec![(0, Fault::Command(node, Command::PauseProtection { length }))]
+            }
+            // Whoever has the guest hands it over; whoever is its backup then calls it back.
+            _ => vec![
+                (0, Fault::Command(0, Command::Switchover)),
+                (long + 1_000 * MS, Fault::Command(node, Command::Switchover)),
+            ],
         }
     }
 }

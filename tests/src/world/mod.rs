@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use failover::arbiter::NodeRef;
-use failover::decide::{ColdStart, CoreConfig, CoreTimers, Input, OnBackupLoss, Role, StateName, Ticket};
+use failover::decide::{ColdStart, CoreConfig, CoreTimers, Input, OnBackupLoss, Rejoin, Role, StateName, Ticket};
 use failover::status::{Labels, NodeRole, StatusBoard};
 use replication_proto::{Incarnation, NodeName, VmId};
 
@@ -81,6 +81,8 @@ pub struct Plan {
     pub interval: Duration,
     /// What happens when the backup is lost.
     pub on_backup_loss: OnBackupLoss,
+    /// Whether a fenced side becomes the backup by itself.
+    pub rejoin: Rejoin,
     /// Pause between attempts to protect.
     pub retry: Duration,
     /// How late event loops may wake.
@@ -100,7 +102,7 @@ impl Plan {
     pub fn draw(seed: u64) -> Self {
         let mut rng = Rng::new(mix(seed ^ 0x51_0a));
         let pick = |rng: &mut Rng, of: &[u64]| of[usize::try_from(rng.range(0, of.len() as u64)).expect("small")];
-        let kinds: Vec<Kind> = Kind::ALL
+        let mut kinds: Vec<Kind> = Kind::ALL
             .into_iter()
             .filter(|kind| match kind {
                 // Who restores old backups of the arbiter gives up being armed.
@@ -109,10 +111,17 @@ impl Plan {
                 _ => rng.range(0, 3) == 0,
             })
             .collect();
+        let mut later = Rng::new(mix(seed ^ 0xd1_11));
+        kinds.extend(Kind::LATER.into_iter().filter(|_| later.range(0, 4) == 0));
         Self {
             seed,
             interval: Duration::from_millis(pick(&mut rng, &[1, 1, 2, 5, 10, 25])),
             on_backup_loss: if rng.range(0, 8) == 0 { OnBackupLoss::Hold } else { OnBackupLoss::Solo },
+            rejoin: match mix(seed ^ 0x7e) % 4 {
+                0 => Rejoin::AtOnce,
+                1 => Rejoin::Never,
+                _ => Rejoin::AfterKeep,
+            },
             retry: Duration::from_millis(pick(&mut rng, &[50, 200])),
             jitter: pick(&mut rng, &[20_000, 300_000, 3 * MS, 20 * MS]),
             kinds,
@@ -128,6 +137,7 @@ impl Plan {
             kinds: Vec::new(),
             interval: Duration::from_millis(25),
             on_backup_loss: OnBackupLoss::Solo,
+            rejoin: Rejoin::AfterKeep,
             retry: Duration::from_millis(50),
             jitter: 20_000,
             ..Self::draw(seed)
@@ -333,7 +343,10 @@ impl World {
                 self.env.at(self.env.now, Event::Resume(node));
             }
             self.env.at(self.env.now + MS, Event::Start(node));
-            self.strike(Fault::Command(node, failover::decide::Command::Protect));
+            // A pause ends by itself.
+            if self.plan.kinds.contains(&Kind::Unprotect) {
+                self.strike(Fault::Command(node, failover::decide::Command::Protect));
+            }
         }
     }
 
@@ -417,7 +430,9 @@ impl World {
             self.env.note(|| format!("{} ends: {code:?}", node_name(who.node)));
             self.end(who.node);
             let execs = std::mem::take(&mut self.env.wants_backup[who.node]);
-            self.nodes[who.node].program = if execs { Program::Backup { may_boot: true } } else { Program::Primary };
+            // What this process might have become, the next one may become, too.
+            let may_boot = self.nodes[who.node].program != Program::Backup { may_boot: false };
+            self.nodes[who.node].program = if execs { Program::Backup { may_boot } } else { Program::Primary };
             let after = if execs { 5 * MS } else { self.env.rng.range(500, 3_000) * MS };
             self.env.at(self.env.now + after, Event::Start(who.node));
         }
@@ -564,6 +579,7 @@ impl World {
             highest_generation: self.env.persisted[node],
             on_backup_loss: self.plan.on_backup_loss,
             cold_start: ColdStart::Owner,
+            rejoin: self.plan.rejoin,
             force_cold_boot: false,
             timers,
         };

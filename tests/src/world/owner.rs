@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use failover::RunPermit;
 use failover::decide::{Action, GuestEnd, Input, LinkLoss};
+use failover::exit::ExitCode;
 use primary::bulk::{BaseCopy, BaseStep, hashes_of};
 use primary::disk::OwnerDisks;
 use primary::epoch::{Afterwards, EpochParts, StagedCheckpoint, stage};
@@ -40,6 +41,8 @@ enum Doing {
     Epochs { session: Session, pacer: Pacer },
     /// The guest is stopped; the link stays until a command needs it no longer.
     Stopped,
+    /// The same, after the last checkpoint of a switchover: what still arrives for the guest is told to the backup.
+    HandedOver,
 }
 
 /// One session's connections.
@@ -82,6 +85,7 @@ impl OwnerPart {
             metrics: base.metrics.clone(),
             // The checkers compare memory themselves.
             ram_digest: false,
+            base_share: 1.0,
             verifier: Arc::new(Verifier::new(Vec::new())),
             disks: Arc::new(OwnerDisks::none()),
         };
@@ -272,7 +276,7 @@ impl OwnerPart {
     /// A frame for the guest arrived on this host's tap.
     pub fn frame(&mut self, frame: &[u8], base: &mut Base, env: &mut Env) {
         if let Some(link) = self.link.as_mut().filter(|link| !link.closed)
-            && matches!(self.doing, Doing::Epochs { .. })
+            && matches!(self.doing, Doing::Epochs { .. } | Doing::HandedOver)
         {
             // An error shows again when the stream is used next.
             link.stream.inbound(self.running_epoch, 0, frame).ok();
@@ -311,7 +315,7 @@ impl OwnerPart {
     pub fn runner(&mut self, session: Session, base: &mut Base, env: &mut Env) {
         let current = match &self.doing {
             Doing::Copying { session, .. } | Doing::Epochs { session, .. } => Some(*session),
-            Doing::Nothing | Doing::Stopped => None,
+            Doing::Nothing | Doing::Stopped | Doing::HandedOver => None,
         };
         if current != Some(session) {
             return;
@@ -376,7 +380,7 @@ impl OwnerPart {
                 let late = env.rng.range(0, 200_000);
                 env.at(base.world_time(pacer.deadline()) + late, Event::Runner(base.who, *session));
             }
-            Doing::Nothing | Doing::Stopped => {}
+            Doing::Nothing | Doing::Stopped | Doing::HandedOver => {}
         }
     }
 
@@ -415,7 +419,7 @@ impl OwnerPart {
         self.transmit(env);
         if afterwards == Afterwards::StaysStopped {
             self.stopped = true;
-            self.doing = Doing::Stopped;
+            self.doing = Doing::HandedOver;
             self.inbox.push_back(Told::FinalSent(epoch));
             return base.rouse(env);
         }
@@ -501,9 +505,12 @@ impl OwnerPart {
             }
             Order::Goodbye(session, reason) => {
                 if let Some(link) = self.link.as_mut().filter(|l| l.session == session && !l.closed) {
-                    link.stream.goodbye(wire_goodbye(reason)).ok();
+                    link.stream.goodbye(wire_goodbye(reason), "").ok();
                     self.transmit(env);
-                    self.close_link(LinkLoss::Local, base, env);
+                    // After a switchover, what reaches this side too late still has to get across.
+                    if reason != failover::decide::GoodbyeReason::Switchover {
+                        self.close_link(LinkLoss::Local, base, env);
+                    }
                 }
             }
             Order::Do(_) => unreachable!("carried out elsewhere"),
@@ -523,6 +530,7 @@ impl OwnerPart {
         let action = match base.carry_out(action, env) {
             Ok(Flow::GoOn) => return None,
             Ok(Flow::Exit(code)) => return Some(code),
+            Ok(Flow::Rejoin) => unreachable!("an action of its own"),
             Err(action) => action,
         };
         match action {
@@ -547,6 +555,12 @@ impl OwnerPart {
                 _ => env.note(|| "a last checkpoint came too late for its link".into()),
             },
             Action::Exit(code) => return Some(code),
+            // As the real process does: it becomes the other program, with a new incarnation.
+            Action::Rejoin => {
+                env.drops_guest(&base.me);
+                env.become_backup(base.who);
+                return Some(ExitCode::Ok);
+            }
             other => panic!("an action that is not for a side that runs the guest: {other:?}"),
         }
         base.flush(env);

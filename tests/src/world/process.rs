@@ -416,6 +416,7 @@ impl Process {
                         return Some(ExitCode::Ok);
                     }
                     Err(Action::SayGoodbye(_)) => {}
+                    Ok(Flow::Rejoin) => unreachable!("a starting process has nothing to give up"),
                     Err(other) => panic!("an action that is not for a starting process: {other:?}"),
                 }
             }

@@ -132,6 +132,7 @@ impl WaiterPart {
                 Order::Do(action) => match base.carry_out(action, env) {
                     Ok(Flow::GoOn) | Err(Action::OfferAsBackup) => {}
                     Ok(Flow::Exit(code)) | Err(Action::Exit(code)) => return Some(Some(code)),
+                    Ok(Flow::Rejoin) => unreachable!("a side that waits has nothing to give up"),
                     Err(Action::Activate(permit)) => {
                         return Some(Self::activate(base, part, permit, actions_of(rest), env));
                     }

@@ -41,6 +41,12 @@ pub(crate) enum Action {
     Protect(WaitArgs),
     /// Go on without a backup until `protect`
     Unprotect(WaitArgs),
+    /// Go on without a backup for some time; it ends by itself, whatever becomes of this terminal
+    PauseProtection(PauseArgs),
+    /// Move the guest to the other node and back, and say how long it stood still each time (ask the owner)
+    Drill(WaitArgs),
+    /// Make a fenced side drop the guest that it keeps, and become the backup
+    Rejoin(WaitArgs),
     /// Check the configuration
     #[command(subcommand)]
     Config(ConfigAction),
@@ -87,12 +93,23 @@ pub(crate) struct FailoverArgs {
     /// With --force: also when the arbiter does not answer. Two guests run if the other side is not off
     #[arg(long, requires = "force")]
     pub(crate) without_arbiter: bool,
-    /// Do not ask
-    #[arg(long, short)]
-    pub(crate) yes: bool,
-    /// How long to wait for the result
-    #[arg(long, value_parser = duration, default_value = "60s", value_name = "TIME")]
-    pub(crate) timeout: Duration,
+    /// Wait until the pair is protected again, with the roles swapped (the default on a terminal). Interrupting this changes nothing
+    #[arg(long, conflicts_with = "force")]
+    pub(crate) wait: bool,
+    /// Return as soon as the guest runs on the other node
+    #[arg(long, conflicts_with = "wait")]
+    pub(crate) no_wait: bool,
+    #[command(flatten)]
+    pub(crate) common: WaitArgs,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct PauseArgs {
+    /// How long, 1s to 7 days
+    #[arg(long = "for", value_parser = duration, value_name = "TIME")]
+    pub(crate) length: Duration,
+    #[command(flatten)]
+    pub(crate) wait: WaitArgs,
 }
 
 #[derive(Debug, ClapArgs)]
@@ -100,6 +117,9 @@ pub(crate) struct WaitArgs {
     /// Do not ask
     #[arg(long, short)]
     pub(crate) yes: bool,
+    /// Print one JSON object at the end instead of progress (schema ft.command/1)
+    #[arg(long)]
+    pub(crate) json: bool,
     /// How long to wait for the result
     #[arg(long, value_parser = duration, default_value = "60s", value_name = "TIME")]
     pub(crate) timeout: Duration,

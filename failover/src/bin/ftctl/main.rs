@@ -33,6 +33,9 @@ fn main() -> ExitCode {
         Action::Stop(stop) => cmd_control::stop(&args.target, stop),
         Action::Protect(wait) => cmd_control::protect(&args.target, wait, true),
         Action::Unprotect(wait) => cmd_control::protect(&args.target, wait, false),
+        Action::PauseProtection(pause) => cmd_control::pause(&args.target, pause),
+        Action::Drill(wait) => cmd_control::drill(&args.target, wait),
+        Action::Rejoin(wait) => cmd_control::rejoin(&args.target, wait),
         Action::Config(action) => cmd_config::run(&args.target, *action),
         Action::Arbiter(action) => cmd_arbiter::run(&args.target, *action),
     };

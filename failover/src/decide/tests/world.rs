@@ -71,6 +71,8 @@ pub(super) struct Node {
     pub(super) me: NodeRef,
     pub(super) guest: Guest,
     pub(super) exit: Option<ExitCode>,
+    /// Times that a process of this node began anew as a backup.
+    pub(super) rejoined: u32,
     pub(super) replies: Vec<CommandOutcome>,
     pub(super) alarms: Vec<ReasonCode>,
     pub(super) service: Service,
@@ -100,6 +102,7 @@ pub(super) struct World {
     pub(super) late: usize,
     pub(super) hold_policy: bool,
     pub(super) cold_start: ColdStart,
+    pub(super) rejoin: Rejoin,
     pub(super) promotions: Vec<(Generation, u64)>,
     events: BTreeMap<(Duration, u64), Event>,
     sequence: u64,
@@ -121,6 +124,7 @@ impl World {
             me: node_ref(at, 0),
             guest: Guest::Off,
             exit: None,
+            rejoined: 0,
             replies: vec![],
             alarms: vec![],
             service: Service::Good,
@@ -147,6 +151,7 @@ impl World {
             late: 0,
             hold_policy: false,
             cold_start: ColdStart::Owner,
+            rejoin: Rejoin::default(),
             promotions: vec![],
             events: BTreeMap::new(),
             sequence: 0,
@@ -158,7 +163,11 @@ impl World {
 
     /// A pair that is PROTECTED: A runs, B is in sync.
     pub(super) fn protected() -> Self {
-        let mut world = Self::new();
+        Self::protected_with(Rejoin::default())
+    }
+
+    pub(super) fn protected_with(rejoin: Rejoin) -> Self {
+        let mut world = Self { rejoin, ..Self::new() };
         world.start(A, Role::Primary);
         world.start(B, Role::Backup);
         world.run(ms(1500));
@@ -183,6 +192,7 @@ impl World {
             highest_generation: self.nodes[at].persisted,
             on_backup_loss: if self.hold_policy { OnBackupLoss::Hold } else { OnBackupLoss::Solo },
             cold_start: self.cold_start,
+            rejoin: self.rejoin,
             force_cold_boot,
             timers: CoreTimers::default(),
         };
@@ -338,7 +348,8 @@ impl World {
     fn beat(&mut self, node: usize, incarnation: Incarnation) {
         let view = self.view(node);
         let available = matches!(view.state, StateName::Standby | StateName::InSync | StateName::TakingOver);
-        let report = PeerReport { arbiter_age: view.arbiter_age, protected: view.owner && view.protected };
+        let report =
+            PeerReport { arbiter_age: view.arbiter_age, protected: view.owner && view.protected, asks: view.asks };
         self.send(node, Message::Heartbeat(report, available));
         self.after(HEARTBEAT, Event::Beat { node, incarnation });
     }
@@ -490,15 +501,7 @@ impl World {
                 self.run_guest(at, &permit, from);
             }
             Action::OfferAsBackup | Action::AskPeer => {}
-            Action::StartBase { .. } => {
-                self.sequence += 1;
-                let connection = self.sequence;
-                self.nodes[at].connection = Some(connection);
-                self.nodes[at].base_sent = false;
-                self.nodes[at].bases += 1;
-                self.send(at, Message::BaseBegin);
-                self.after(BASE, Event::BaseDone { node: at, incarnation, connection });
-            }
+            Action::StartBase { .. } => self.start_base(at, incarnation),
             Action::DropBackup => {
                 self.send(at, Message::Closed);
                 self.nodes[at].connection = None;
@@ -530,11 +533,26 @@ impl World {
             Action::Reply { outcome, .. } => self.nodes[at].replies.push(outcome),
             Action::Announce { to, .. } => self.nodes[at].announced.push(to),
             Action::Alarm { reason, .. } => self.nodes[at].alarms.push(reason),
+            Action::Rejoin => {
+                self.nodes[at].rejoined += 1;
+                self.kill(at);
+                self.start(at, Role::Backup);
+            }
             Action::Exit(code) => {
                 self.nodes[at].exit = Some(code);
                 self.kill(at);
             }
         }
+    }
+
+    fn start_base(&mut self, at: usize, incarnation: Incarnation) {
+        self.sequence += 1;
+        let connection = self.sequence;
+        self.nodes[at].connection = Some(connection);
+        self.nodes[at].base_sent = false;
+        self.nodes[at].bases += 1;
+        self.send(at, Message::BaseBegin);
+        self.after(BASE, Event::BaseDone { node: at, incarnation, connection });
     }
 
     fn hold(&mut self, at: usize) {

@@ -1,0 +1,61 @@
+//! For how long the guest's vCPU threads were ready to run and had no processor, as the kernel counts it: what everything else on this host, the copying
+//! of a base among it, costs the guest.
+
+use std::fs;
+use std::time::Duration;
+
+/// How the vCPUs' threads are called.
+const VCPU_THREAD: &str = "vcpu";
+
+/// The vCPUs' threads of this process.
+#[derive(Debug, Default)]
+pub struct Vcpus {
+    schedstat: Vec<std::path::PathBuf>,
+}
+
+impl Vcpus {
+    /// Looks for them; none are found where `/proc` is not what it is on Linux.
+    pub fn find() -> Self {
+        let tasks = fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
+        let vcpus = tasks.filter(|task| {
+            fs::read_to_string(task.path().join("comm")).is_ok_and(|name| name.starts_with(VCPU_THREAD))
+        });
+        Self { schedstat: vcpus.map(|task| task.path().join("schedstat")).collect() }
+    }
+
+    /// For how long they have waited for a processor in their lives, on average; `None` when the kernel does not say.
+    pub fn waited(&self) -> Option<Duration> {
+        let waits: Option<Vec<u64>> =
+            self.schedstat.iter().map(|path| waited_ns(&fs::read_to_string(path).ok()?)).collect();
+        let waits = waits.filter(|waits| !waits.is_empty())?;
+        let count = u64::try_from(waits.len()).ok()?;
+        Some(Duration::from_nanos(waits.iter().fold(0, |sum: u64, wait| sum.saturating_add(*wait)) / count))
+    }
+}
+
+/// The second field: time on a run queue, in nanoseconds.
+fn waited_ns(schedstat: &str) -> Option<u64> {
+    schedstat.split_ascii_whitespace().nth(1)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_threads_are_found_by_their_name() {
+        let (tell, told) = std::sync::mpsc::channel::<()>();
+        let thread = std::thread::Builder::new().name("vcpu7".into()).spawn(move || told.recv().ok()).unwrap();
+        let mut vcpus = Vcpus::find();
+        while vcpus.schedstat.is_empty() {
+            // A thread gets its name when it runs for the first time.
+            std::thread::yield_now();
+            vcpus = Vcpus::find();
+        }
+        assert!(vcpus.waited().is_some());
+        drop(tell);
+        thread.join().unwrap();
+        assert_eq!(vcpus.waited(), None, "it is gone");
+        assert_eq!((waited_ns("12 345 6\n"), waited_ns("12"), waited_ns("")), (Some(345), None, None));
+    }
+}
