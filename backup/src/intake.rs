@@ -358,11 +358,7 @@ impl Intake {
                     self.events.push_back(IntakeEvent::ApplyHollow(batch));
                 }
             }
-            (ReceiverEvent::Disk(change), _) => {
-                if let Destination::Hollow(change) = self.inbox.disk(change)? {
-                    self.events.push_back(IntakeEvent::ApplyHollowDisk(change));
-                }
-            }
+            (ReceiverEvent::Disk(change), _) => self.on_disk(change)?,
             (ReceiverEvent::Hashes(ask), _) => self.on_question(ask),
             (ReceiverEvent::Section { kind, version, bytes }, _) => self.inbox.section(kind, version, &bytes)?,
             (ReceiverEvent::End(end), Some(peer)) => {
@@ -401,6 +397,13 @@ impl Intake {
             connection.questions.push_back((question, None));
         }
         self.events.push_back(IntakeEvent::Compare(question, ask));
+    }
+
+    fn on_disk(&mut self, change: DiskChange) -> Result<(), LinkEnd> {
+        if let Destination::Hollow(change) = self.inbox.disk(change)? {
+            self.events.push_back(IntakeEvent::ApplyHollowDisk(change));
+        }
+        Ok(())
     }
 
     fn acknowledge(&mut self) -> Result<(), LinkEnd> {

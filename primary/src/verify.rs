@@ -4,6 +4,7 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use failover::decide::CommandOutcome;
 use replication_proto::limits::{DISK_PIECE_BYTES, MAX_PIECES_PER_MESSAGE, MAX_VERIFY_FINDINGS};
 use replication_proto::{Comparable, Epoch, PieceHashes, RamLayout, Verified, disk_pieces, piece_hash};
 use vmm::disk::Disk;
@@ -58,6 +59,38 @@ pub struct Findings {
     pub compared: u64,
     /// The first that differ.
     pub differing: Vec<(Comparable, u64)>,
+}
+
+impl Findings {
+    /// How far it is.
+    pub fn progress(&self) -> String {
+        let percent = self.compared.saturating_mul(100) / self.pieces.max(1);
+        format!("{percent} % compared ({} of {} pieces of 4 KiB)", self.compared, self.pieces)
+    }
+
+    /// What an operator is told when everything was compared.
+    pub fn outcome(&self) -> CommandOutcome {
+        if self.differing.is_empty() {
+            return CommandOutcome::Done(format!("both sides are equal: {} pieces of 4 KiB compared", self.compared));
+        }
+        let name = |(of, piece): &(Comparable, u64)| match of {
+            Comparable::Memory => format!("memory page {piece:#x}"),
+            Comparable::Disk(disk) => format!("disk {disk} at byte {:#x}", piece * DISK_PIECE_BYTES),
+        };
+        let named: Vec<String> = self.differing.iter().map(name).collect();
+        let text = format!(
+            "the backup's copy DIFFERS: {}; have it copied anew with `ftctl unprotect` and `ftctl protect`",
+            named.join(", ")
+        );
+        CommandOutcome::Refused(text)
+    }
+
+    /// What an operator is told when protection ended before that.
+    pub fn broken_off(&self) -> CommandOutcome {
+        let found = if self.differing.is_empty() { "nothing differed so far" } else { "differences were found" };
+        let text = format!("protection ended at {}; {found}: ask again when it is back", self.progress());
+        CommandOutcome::Refused(text)
+    }
 }
 
 impl Verification {

@@ -1,7 +1,7 @@
 //! `ftctl`'s way in: a unix socket, one JSON object per line in each direction.
 //!
 //! Request: `{"method":"status"}`, `failover` (`"mode":"planned"|"force"`, `"confirm"`, `"without_arbiter"`), `stop`, `protect`, `unprotect`, `pause-protection` (`"seconds"`),
-//! `rejoin`.
+//! `rejoin`, `verify`.
 //! Answer: any number of `{"progress":"…"}`, then exactly one `{"result":…}` or `{"error":{"code":…,"text":…}}`.
 //!
 //! Only root and the user that runs the process may connect. Every line is bounded, every client has a time limit, and the number of clients is
@@ -59,6 +59,8 @@ pub enum Request {
     },
     /// A fenced side becomes the backup.
     Rejoin {},
+    /// Compare both sides.
+    Verify {},
 }
 
 /// Why a request was not carried out.

@@ -291,6 +291,7 @@ fn handle(stream: &UnixStream, shared: &Shared, line: &[u8], asked_by: (u32, i32
             Command::PauseProtection { length: Duration::from_secs(seconds) }
         }
         Request::Rejoin {} => Command::Rejoin,
+        Request::Verify {} => Command::Verify,
     };
     log::info!("control: {command:?} asked by user {}, process {}", asked_by.0, asked_by.1);
     let (replies, inbox) = bounded(PROGRESS);

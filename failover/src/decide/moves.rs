@@ -31,8 +31,18 @@ impl Core {
                     refuse(ticket, text, out);
                 }
             },
-            Command::Protect | Command::Unprotect | Command::PauseProtection { .. } if self.mine.is_none() => {
+            Command::Protect | Command::Unprotect | Command::PauseProtection { .. } | Command::Verify
+                if self.mine.is_none() =>
+            {
                 refuse(ticket, format!("this side does not run the guest: ask {}", self.config.peer), out);
+            }
+            Command::Verify if matches!(self.state, State::Protected { .. }) => out.push(Action::Verify(ticket)),
+            Command::Verify => {
+                let text = format!(
+                    "not protected ({}): there is nothing to compare with; wait with `ftctl status --wait armed`",
+                    self.state_name().word()
+                );
+                refuse(ticket, text, out);
             }
             Command::Protect => {
                 self.protection = Protection::On;

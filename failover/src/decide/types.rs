@@ -223,6 +223,8 @@ pub enum Command {
     },
     /// A fenced side drops the guest that it keeps, and becomes the backup.
     Rejoin,
+    /// Compare both sides, page by page and block by block, while the pair is protected.
+    Verify,
 }
 
 /// What became of a command.
@@ -403,6 +405,8 @@ pub enum Action {
         /// Details.
         text: String,
     },
+    /// Compare both sides; the shell replies when it is done, or when protection ends.
+    Verify(Ticket),
     /// Drop the guest and begin anew as a backup, in the same place of the service manager's tree, with a new incarnation.
     Rejoin,
     /// End the process with this code, after all that was asked before.

@@ -129,14 +129,13 @@ impl DiskCopy {
             if let Some((disk, range)) = self.wanted.pop_front() {
                 return Ok(DiskStep::Send(self.read(disk, range)?));
             }
-            if !self.asks || self.unanswered < QUESTIONS_MAX {
-                if let Some((disk, range)) = self.next_range() {
-                    self.looked_at += range.len;
-                    if self.asks {
-                        return Ok(DiskStep::Ask(self.hashes(disk, range)?));
-                    }
-                    return Ok(DiskStep::Send(self.read(disk, range)?));
+            let may_look = !self.asks || self.unanswered < QUESTIONS_MAX;
+            if let Some((disk, range)) = may_look.then(|| self.next_range()).flatten() {
+                self.looked_at += range.len;
+                if self.asks {
+                    return Ok(DiskStep::Ask(self.hashes(disk, range)?));
                 }
+                return Ok(DiskStep::Send(self.read(disk, range)?));
             }
             if self.unanswered > 0 {
                 return Ok(DiskStep::Await);

@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crossbeam::channel::{Receiver, Sender, never, select};
-use failover::decide::{Action, FenceReason, GuestEnd, LinkLoss};
+use failover::decide::{Action, CommandOutcome, FenceReason, GuestEnd, LinkLoss, StateName, Ticket};
 use failover::exit::ExitCode;
 use failover::failpoint;
 use replication_proto::{Epoch, Point, Pulse, Standing};
@@ -47,6 +47,8 @@ const STATUS_INTERVAL: Duration = Duration::from_millis(100);
 const EVENTS_AT_ONCE: usize = 256;
 /// How long a goodbye may take to reach the socket before the process ends.
 const GOODBYE_PATIENCE: Duration = Duration::from_secs(1);
+/// How often the operator of a comparison hears how far it is.
+const VERIFY_PROGRESS: Duration = Duration::from_millis(500);
 
 /// What ended a wait.
 enum Woken {
@@ -79,6 +81,8 @@ pub struct Owner {
     events: Receiver<OwnerEvent>,
     tell: Sender<OwnerEvent>,
     guest: Receiver<MachineEvent>,
+    /// Who asked for the comparison that is under way, and when it was last told how far that is.
+    verifying: Option<(Ticket, Duration)>,
 }
 
 impl Owner {
@@ -93,7 +97,18 @@ impl Owner {
     ) -> Self {
         let peer = host.peer_address();
         let course = Course::new(host.config.timers.protect_retry.min(DIAL_INTERVAL), last_epoch);
-        Self { host, runner, course, connections: None, stopped_since: None, peer, events, tell, guest }
+        Self {
+            host,
+            runner,
+            course,
+            connections: None,
+            stopped_since: None,
+            verifying: None,
+            peer,
+            events,
+            tell,
+            guest,
+        }
     }
 
     /// Runs until the decision core says that the process ends.
@@ -162,6 +177,7 @@ impl Owner {
                 return flow;
             }
         }
+        self.look_at_verify();
         let now = self.host.clock.now();
         let orders = self.course.on_time(self.runner.last_epoch(), &mut self.host.decider, now);
         self.carry_out_all(orders)
@@ -401,11 +417,37 @@ impl Owner {
                 failpoint!(SwitchoverBegin);
                 self.runner.final_checkpoint();
             }
+            Action::Verify(ticket) => self.begin_verify(ticket),
             Action::Exit(code) => return Flow::Exit(code),
             Action::Rejoin => return Flow::Rejoin,
             other => log::error!("an action that is not for a side that runs the guest: {other:?}"),
         }
         Flow::GoOn
+    }
+
+    fn begin_verify(&mut self, ticket: Ticket) {
+        if self.verifying.is_some() {
+            let outcome = CommandOutcome::Refused("a comparison is under way: wait for it".into());
+            return self.host.desk.reply(ticket, outcome);
+        }
+        self.host.verifier.start(&self.host.ram);
+        self.verifying = Some((ticket, self.host.clock.now()));
+    }
+
+    /// Tells the operator of a comparison how far it is, and answers when it is done or cannot be.
+    fn look_at_verify(&mut self) {
+        let Some((ticket, said)) = self.verifying else { return };
+        let now = self.host.clock.now();
+        let (findings, done) = self.host.verifier.findings().unwrap_or_default();
+        let is_protected = self.host.decider.state() == StateName::Protected;
+        if done || !is_protected {
+            self.verifying = None;
+            self.host.verifier.stop();
+            self.host.desk.reply(ticket, if done { findings.outcome() } else { findings.broken_off() });
+        } else if now.saturating_sub(said) >= VERIFY_PROGRESS {
+            self.verifying = Some((ticket, now));
+            self.host.desk.progress(&findings.progress());
+        }
     }
 
     fn silence(&self, reason: FenceReason) {

@@ -98,7 +98,9 @@ impl From<Action> for Deed {
             Action::SayGoodbye(reason) => Self::SayGoodbye(reason),
             Action::Rejoin => Self::Rejoin,
             Action::Exit(code) => Self::Exit(code),
-            Action::Reply { .. } | Action::Announce { .. } | Action::Alarm { .. } => Self::Say(format!("{action:?}")),
+            Action::Reply { .. } | Action::Announce { .. } | Action::Alarm { .. } | Action::Verify(_) => {
+                Self::Say(format!("{action:?}"))
+            }
         }
     }
 }

@@ -84,6 +84,7 @@ fn command(line: &[u8]) -> Option<Command> {
         Request::Unprotect {} => Some(Command::Unprotect),
         Request::PauseProtection { seconds } => Some(Command::PauseProtection { length: Duration::from_secs(seconds) }),
         Request::Rejoin {} => Some(Command::Rejoin),
+        Request::Verify {} => Some(Command::Verify),
     }
 }
 

@@ -47,6 +47,8 @@ pub(crate) enum Action {
     Drill(WaitArgs),
     /// Make a fenced side drop the guest that it keeps, and become the backup
     Rejoin(WaitArgs),
+    /// Compare both sides page by page and block by block, while the pair stays protected (ask the owner)
+    Verify(WaitArgs),
     /// Check the configuration
     #[command(subcommand)]
     Config(ConfigAction),

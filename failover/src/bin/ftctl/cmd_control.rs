@@ -1,4 +1,4 @@
-//! `ftctl failover`, `drill`, `stop`, `protect`, `unprotect`, `pause-protection` and `rejoin`. Nothing here is needed to finish what was begun: whoever
+//! `ftctl failover`, `drill`, `stop`, `protect`, `unprotect`, `pause-protection`, `rejoin` and `verify`. Nothing here is needed to finish what was begun: whoever
 //! interrupts a command stops watching, and the pair goes on.
 
 use std::cell::RefCell;
@@ -111,6 +111,10 @@ pub(crate) fn pause(target: &TargetArgs, args: &PauseArgs) -> Result<CtlExit, Fa
 pub(crate) fn rejoin(target: &TargetArgs, args: &WaitArgs) -> Result<CtlExit, Failure> {
     agreed("Drop the guest that is kept here, and become the backup?", args.yes)?;
     order(target, "rejoin", &Request::Rejoin {}, args)
+}
+
+pub(crate) fn verify(target: &TargetArgs, args: &WaitArgs) -> Result<CtlExit, Failure> {
+    order(target, "verify", &Request::Verify {}, args)
 }
 
 fn order(target: &TargetArgs, name: &str, request: &Request, args: &WaitArgs) -> Result<CtlExit, Failure> {

@@ -36,6 +36,7 @@ fn main() -> ExitCode {
         Action::PauseProtection(pause) => cmd_control::pause(&args.target, pause),
         Action::Drill(wait) => cmd_control::drill(&args.target, wait),
         Action::Rejoin(wait) => cmd_control::rejoin(&args.target, wait),
+        Action::Verify(wait) => cmd_control::verify(&args.target, wait),
         Action::Config(action) => cmd_config::run(&args.target, *action),
         Action::Arbiter(action) => cmd_arbiter::run(&args.target, *action),
     };
