@@ -361,7 +361,13 @@ mod tests {
         rig.sink.hollow();
         rig.sink.put(change(1, false).changes[0].clone());
         rig.sink.settle();
-        assert_eq!((rig.byte(), rig.sink.maps()[0].dirty().count()), (1, 1));
+        assert_eq!((rig.byte(), rig.sink.maps()[0].dirty().count()), (1, 0), "nothing is known, so no bit is needed");
+        rig.sink.based(point(3));
+        assert_eq!(rig.until(|_| true), SinkEvent::Based(point(3)));
+        rig.sink.hollow();
+        rig.sink.put(change(1, false).changes[0].clone());
+        rig.sink.settle();
+        assert_eq!(rig.sink.maps()[0].dirty().count(), 2);
         rig.sink.based(point(4));
         assert_eq!(rig.until(|_| true), SinkEvent::Based(point(4)));
         rig.sink.commit(point(5), change(2, false));

@@ -5,7 +5,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use primary::disk::blocks::touched_by;
+use primary::disk::blocks::{blocks_of, touched_by};
 use primary::disk::recover::{Recoverable, apply};
 use primary::disk::{
     BlockSet, DiskChange, DiskChanges, DiskContent, Epoch, Generation, Journal, JournalError, Point, Record,
@@ -13,6 +13,9 @@ use primary::disk::{
 use vmm::disk::{ByteRange, Disk};
 
 use super::flow::{Flow, Order};
+
+/// While hollow, bits are set for so many blocks at once (16 MiB; in tests few, so that their small disks have blocks without bits).
+const RAISED_AT_ONCE: u64 = if cfg!(test) { 2 } else { 256 };
 
 /// Why nothing more is acknowledged.
 #[derive(Debug, thiserror::Error)]
@@ -206,9 +209,16 @@ impl Worker {
         let range = ByteRange { offset: change.offset, len };
         let disk = self.disks.get(number).filter(|disk| range.end() <= disk.image.bytes());
         let disk = disk.ok_or_else(|| failed(number, "a change outside of it", io::ErrorKind::InvalidData.into()))?;
-        disk.map
-            .raise_range(touched_by(range))
-            .map_err(|source| failed(number, "its map cannot be written", source))?;
+        // A map that knows nothing of its image needs no bits.
+        if disk.map.base().is_some() {
+            let mut blocks = touched_by(range);
+            if self.standing == Standing::Hollow {
+                // Neighbours follow as a rule: a sync for each block would take longer than the synchronisation.
+                blocks.start -= blocks.start % RAISED_AT_ONCE;
+                blocks.end = blocks.end.next_multiple_of(RAISED_AT_ONCE).min(blocks_of(disk.image.bytes()));
+            }
+            disk.map.raise_range(blocks).map_err(|source| failed(number, "its map cannot be written", source))?;
+        }
         apply(&self.images, change).map_err(|source| failed(number, "its image cannot be written", source))
     }
 

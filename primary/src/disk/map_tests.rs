@@ -46,6 +46,7 @@ fn sector(value: u64) -> Vec<u8> {
 /// A map, its image, and what a historian knows.
 struct World {
     power: Arc<Power>,
+    disk: Arc<LossyStorage>,
     image: Arc<dyn Disk>,
     file: Arc<LossyStorage>,
     map: Option<DirtyMap>,
@@ -58,6 +59,8 @@ struct World {
     covered_at: Option<u64>,
     durable: u64,
     values: u64,
+    /// There was a base, and nobody has asked to forget it.
+    has_base: bool,
 }
 
 type Outcome = io::Result<()>;
@@ -65,13 +68,15 @@ type Outcome = io::Result<()>;
 impl World {
     fn new(seed: u64) -> Self {
         let power = Power::new(seed);
-        let image = image(&power.storage(BYTES, false));
+        let disk = power.storage(BYTES, false);
+        let image = image(&disk);
         let file = power.storage(0, true);
         let now = vec![0; 6];
         let dice = Dice::new(seed ^ 0xABCD);
         let history = vec![now.clone()];
         Self {
             power,
+            disk,
             image,
             file,
             map: None,
@@ -82,6 +87,7 @@ impl World {
             covered_at: None,
             durable: 0,
             values: 0,
+            has_base: false,
         }
     }
 
@@ -187,7 +193,10 @@ impl World {
             11 => self.image.flush()?,
             12 if !self.logged => self.overwritten()?,
             12 => assert!(self.map().still_ours()?, "nobody else is there"),
-            _ if self.dice.one_in(6) => self.map().set_base(None)?,
+            _ if self.dice.one_in(6) => {
+                self.has_base = false;
+                self.map().set_base(None)?;
+            }
             _ if self.dice.one_in(3) => self.open()?,
             _ => {}
         }
@@ -201,10 +210,14 @@ impl World {
         let mut steps = 0;
         while outcome.is_ok() {
             steps += 1;
+            self.has_base = self.map().base().is_some();
             outcome = if steps < 500 { self.step() } else { Err(io::Error::other("enough")) };
         }
         self.power.cycle();
+        // An image that failed to be synced is not believed again by whoever has it open.
+        self.image = image(&self.disk);
         self.open().expect("the power is on");
+        assert!(!self.has_base || self.map().base().is_some(), "a torn header must not cost a whole synchronisation");
         self.check();
         // The survivors are what the guest finds.
         self.now = (0..BLOCKS).map(|number| read(&*self.image, number)).collect();
