@@ -52,6 +52,17 @@ fn receive(receiver: &mut Receiver, wire: &[u8], digest: bool) {
     }
 }
 
+/// Bytes that look random and are the same each time.
+fn noise(length: usize) -> Vec<u8> {
+    let mut state = 1u64;
+    (0..length)
+        .map(|_| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            state.to_be_bytes()[0]
+        })
+        .collect()
+}
+
 fn main() {
     let pages = u64::try_from(PAGES).unwrap();
     let ram = RamLayout::new(vec![PageRange { first: PageIndex(0), pages }]).unwrap();
@@ -77,13 +88,7 @@ fn main() {
     // Every other page, as after a checkpoint of a real guest: runs are short.
     let indexes: Vec<PageIndex> =
         (0..pages / 2).map(|n| PageIndex(2 * n)).chain((0..pages / 2).map(|n| PageIndex(2 * n + 1))).collect();
-    let mut state = 1u64;
-    let memory: Vec<u8> = (0..PAGES * PAGE_BYTES)
-        .map(|_| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-            state.to_be_bytes()[0]
-        })
-        .collect();
+    let memory = noise(PAGES * PAGE_BYTES);
     let shared = Bytes::from(memory.clone());
     let mut copy_target = vec![1; memory.len()];
     let mut wire = Vec::new();

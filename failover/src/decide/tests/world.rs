@@ -533,6 +533,8 @@ impl World {
             Action::Reply { outcome, .. } => self.nodes[at].replies.push(outcome),
             Action::Announce { to, .. } => self.nodes[at].announced.push(to),
             Action::Alarm { reason, .. } => self.nodes[at].alarms.push(reason),
+            // What it finds is the shell's to tell.
+            Action::Verify(_) => {}
             Action::Rejoin => {
                 self.nodes[at].rejoined += 1;
                 self.kill(at);
