@@ -2,8 +2,6 @@
 //! what was acknowledged with a flush is there after a cold boot.
 
 use std::fs::File;
-use std::io::Read;
-use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -35,37 +33,6 @@ fn wait_acked(writer: &Writer, more: u64) -> Result<()> {
     Ok(())
 }
 
-/// The first byte in which two files differ.
-fn first_difference(one: &Path, other: &Path) -> std::io::Result<Option<u64>> {
-    let (mut one, mut other) = (File::open(one)?, File::open(other)?);
-    let (mut left, mut right, mut at) = (vec![0; 1 << 20], vec![0; 1 << 20], 0);
-    loop {
-        let read = one.read(&mut left)?;
-        if read == 0 {
-            return Ok(None);
-        }
-        other.read_exact(&mut right[..read])?;
-        if let Some(n) = left[..read].iter().zip(&right[..read]).position(|(a, b)| a != b) {
-            return Ok(Some(at + u64::try_from(n).unwrap_or(0)));
-        }
-        at += u64::try_from(read).unwrap_or(0);
-    }
-}
-
-/// Once the guest is still, both images are equal before long.
-fn assert_equal_images(pair: &Pair) {
-    let deadline = Instant::now() + Duration::from_secs(10);
-    loop {
-        let difference =
-            first_difference(&pair.image(Node::A, 0), &pair.image(Node::B, 0)).expect("images can be read");
-        match difference {
-            None => return,
-            Some(at) if Instant::now() >= deadline => panic!("the images differ at byte {at};\n{}", pair.logs()),
-            Some(_) => thread::sleep(Duration::from_millis(100)),
-        }
-    }
-}
-
 fn killed_and_back(scene: &mut Scene) -> Result<()> {
     let options = options(scene);
     let pair = scene.protected(&options)?;
@@ -84,7 +51,7 @@ fn killed_and_back(scene: &mut Scene) -> Result<()> {
     assert_eq!(report.connection_error, None);
     assert!(report.same.complete(report.acks.len()), "{:?}", report.same);
     assert!(report.fresh.complete(report.acks.len()), "{:?}", report.fresh);
-    assert_equal_images(pair);
+    assert_eq!(pair.wait_equal_images(0, Duration::from_secs(10))?, None, "the first byte that differs");
     Ok(())
 }
 

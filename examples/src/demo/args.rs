@@ -6,7 +6,7 @@ use std::time::Duration;
 use ::tests::real::MachineKind;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, ValueEnum};
-use failover::config::parse_span;
+use failover::config::{parse_size, parse_span};
 
 /// A shorter pause of the arbiter need not be noticed: three probes in a row must be lost.
 const SHORTEST_PAUSE: Duration = Duration::from_secs(4);
@@ -53,6 +53,9 @@ pub(super) struct Args {
     /// With --chain: hand the guest over (`ftctl failover`) instead of killing.
     #[arg(long, requires = "chain")]
     pub(super) planned: bool,
+    /// Give the guest a disk that both sides keep, and have every write on it before it is acknowledged; at the end of a chain both images are compared.
+    #[arg(long, value_name = "SIZE", num_args = 0..=1, default_missing_value = "64MiB", value_parser = disk_size)]
+    pub(super) disk: Option<u64>,
     /// Decides the values written and the moment of the kill; random if not given.
     #[arg(long)]
     pub(super) seed: Option<u64>,
@@ -62,6 +65,12 @@ pub(super) struct Args {
     /// Kill nothing: leave the protected pair running to play with, until Ctrl-C.
     #[arg(long, conflicts_with_all = ["runs", "json", "kill", "arbiter_pause"])]
     pub(super) keep: bool,
+}
+
+fn disk_size(text: &str) -> Result<u64, String> {
+    let bytes =
+        parse_size(text).ok().filter(|bytes| bytes.is_multiple_of(4096) && (8 << 20..=64 << 30).contains(bytes));
+    bytes.ok_or_else(|| "8MiB to 64GiB".into())
 }
 
 fn pause_length(text: &str) -> Result<Duration, String> {

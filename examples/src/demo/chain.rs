@@ -49,11 +49,22 @@ struct Move {
 /// A figure of each move.
 type Column<'a> = &'a dyn Fn(&Move) -> f64;
 
+/// What the disk was like in the end.
+struct Compared {
+    bytes: u64,
+    /// What `ftctl verify` said of memory and disk while the pair was protected.
+    verified: bool,
+    said: String,
+    /// The first byte in which the two images differ.
+    differs_at: Option<u64>,
+}
+
 /// What came of all of them.
 struct Chain {
     planned: bool,
     wanted: u32,
     memory_bytes: u64,
+    disk: Option<Compared>,
     moves: Vec<Move>,
     report: WriterReport,
 }
@@ -119,7 +130,20 @@ fn story(args: &Args, length: u32, seed: u64, pair: &mut Pair, screen: &Screen) 
         made.gap = around.map(|pair| ms_between(pair[0].at_us, pair[1].at_us)).fold(f64::NAN, f64::max);
     }
     let memory_bytes = failover::config::parse_size(&args.memory).unwrap_or(0);
-    Ok(Chain { planned: args.planned, wanted: length, memory_bytes, moves, report })
+    let disk = match args.disk {
+        Some(bytes) => Some(screen.during("comparing both sides", |_| compare(pair, owner, bytes))?),
+        None => None,
+    };
+    Ok(Chain { planned: args.planned, wanted: length, memory_bytes, disk, moves, report })
+}
+
+/// Asks the owner to compare everything, and then looks at the files.
+fn compare(pair: &Pair, owner: Node, bytes: u64) -> Result<Compared> {
+    let verified = pair.ftctl(owner, &["verify", "--timeout", "15s"])?;
+    let said = if verified.status.success() { &verified.stdout } else { &verified.stderr };
+    let said = said.lines().last().unwrap_or_default().trim().to_owned();
+    let differs_at = pair.wait_equal_images(0, Duration::from_secs(10))?;
+    Ok(Compared { bytes, verified: verified.status.success(), said, differs_at })
 }
 
 /// Takes the guest off `from`, puts the pair together again, and waits until that is protected and armed.
@@ -180,6 +204,7 @@ impl Chain {
         let acked = self.report.acks.len();
         u32::try_from(self.moves.len()).is_ok_and(|made| made == self.wanted)
             && acked > 0
+            && self.disk.as_ref().is_none_or(|disk| disk.verified && disk.differs_at.is_none())
             && self.moves.iter().all(|made| made.gap.is_finite())
             && self.report.connection_survived()
             && self.report.same.complete(acked)
@@ -189,13 +214,15 @@ impl Chain {
     /// By name, what each move gave, sorted.
     fn columns(&self) -> Vec<(&'static str, Vec<f64>)> {
         let mib = |bytes: u64| ms_between(0, bytes) * 1_000.0 / f64::from(1 << 20);
+        // Memory and disk.
+        let all = self.memory_bytes + self.disk.as_ref().map_or(0, |disk| disk.bytes);
         let of: [(&'static str, Column<'_>); 6] = [
             ("gap_ms", &|m| m.gap),
             ("until_granted_ms", &|m| ms_between(m.stopped_us.unwrap_or(m.began_us), m.granted_us)),
             ("activate_ms", &|m| ms_between(m.granted_us, m.activated_us)),
             ("protected_again_ms", &|m| ms_between(m.activated_us, m.protected_us)),
             ("sent_mib", &|m| mib(m.sent_bytes)),
-            ("sent_of_memory_percent", &|m| mib(m.sent_bytes) * 100.0 / mib(self.memory_bytes.max(1))),
+            ("sent_of_all_percent", &|m| mib(m.sent_bytes) * 100.0 / mib(all.max(1))),
         ];
         let column = |value: &dyn Fn(&Move) -> f64| {
             let mut values: Vec<f64> = self.moves.iter().map(value).collect();
@@ -211,6 +238,11 @@ impl Chain {
         for (name, values) in self.columns() {
             let at = |percent| percentile(&values, percent);
             anstream::println!("  {:<24}{:>9.1}{:>9.1}{:>9.1}", name.replace('_', " "), at(50), at(99), at(100));
+        }
+        if let Some(Compared { bytes: _, verified: _, said, differs_at }) = &self.disk {
+            let images = differs_at
+                .map_or("both images are equal".to_owned(), |at| format!("the images DIFFER at byte {at:#x}"));
+            anstream::println!("\n  disk: {images}; {said}");
         }
         let (word, style) = if self.passed() { ("PASSED", GOOD) } else { ("FAILED", BAD) };
         let report = &self.report;
@@ -251,6 +283,9 @@ impl Chain {
             "schema": "ft.demo-chain/1",
             "machine": MachineKind::from(args.machine).as_str(),
             "memory_bytes": self.memory_bytes,
+            "disk": self.disk.as_ref().map(|disk| json!({
+                "bytes": disk.bytes, "verified": disk.verified, "differs_at": disk.differs_at,
+            })),
             "planned": self.planned,
             "seed": seed,
             "passed": self.passed(),

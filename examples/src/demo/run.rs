@@ -3,6 +3,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
+use tests::real::MachineKind;
 use tests::real::artifacts::Artifacts;
 use tests::real::client::{Writer, WriterConfig};
 use tests::real::etcd::ArbiterSite;
@@ -61,6 +62,13 @@ pub(super) fn prepare(args: &Args, artifacts: Artifacts, interrupt: &Interrupt) 
     options.epoch.clone_from(&args.epoch);
     options.vcpus = args.vcpus;
     options.files = Some(interrupt.files().to_path_buf());
+    if let Some(bytes) = args.disk {
+        options.disks = vec![bytes];
+        options.cmdline = match options.machine {
+            MachineKind::Kvm => "appendfsync=always".into(),
+            MachineKind::Model => "disklog=1 appendfsync=always".into(),
+        };
+    }
     if args.arbiter == Arbiter::Etcd {
         options.arbiter = Some(ArbiterSite::table());
     }

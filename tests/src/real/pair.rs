@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::fs;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
@@ -148,6 +149,19 @@ impl Pair {
     #[must_use]
     pub fn image(&self, node: Node, disk: usize) -> PathBuf {
         image_path(self.dir.path(), node, disk)
+    }
+
+    /// Waits until both hosts' images of a disk are equal, which they are soon after the guest became still; the first byte that differs if they never are.
+    pub fn wait_equal_images(&self, disk: usize, limit: Duration) -> Result<Option<u64>> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let [a, b] = Node::BOTH.map(|node| self.image(node, disk));
+            let differs = first_difference(&a, &b).map_err(Error::io("cannot read the images"))?;
+            if differs.is_none() || Instant::now() >= deadline {
+                return Ok(differs);
+            }
+            thread::sleep(Duration::from_millis(100));
+        }
     }
 
     /// The programs.
@@ -387,6 +401,23 @@ impl Drop for Pair {
             self.keep_files();
             eprintln!("{}files of the pair: {}", self.logs(), self.dir.path().display());
         }
+    }
+}
+
+/// The first byte in which two files differ.
+fn first_difference(one: &Path, other: &Path) -> std::io::Result<Option<u64>> {
+    let (mut one, mut other) = (fs::File::open(one)?, fs::File::open(other)?);
+    let (mut left, mut right, mut at) = (vec![0; 1 << 20], vec![0; 1 << 20], 0);
+    loop {
+        let read = one.read(&mut left)?;
+        if read == 0 {
+            return Ok(None);
+        }
+        other.read_exact(&mut right[..read])?;
+        if let Some(n) = left[..read].iter().zip(&right[..read]).position(|(a, b)| a != b) {
+            return Ok(Some(at + u64::try_from(n).unwrap_or(0)));
+        }
+        at += u64::try_from(read).unwrap_or(0);
     }
 }
 
