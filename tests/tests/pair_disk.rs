@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use tests::real::client::{Writer, WriterConfig, read_back};
-use tests::real::pair::{Pair, PairOptions};
+use tests::real::pair::PairOptions;
 use tests::real::scene::{Scene, play};
 use tests::real::{Error, MachineKind, Node, Result};
 
