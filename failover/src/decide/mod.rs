@@ -598,7 +598,10 @@ impl Core {
             return;
         }
         if self.detector.heard(peer.incarnation, now) {
-            self.standby.declined = None;
+            // A heartbeat beside a stream that stays lost is no reason to ask the arbiter again at each of them.
+            if self.evidence(now).is_none() {
+                self.standby.declined = None;
+            }
             if let Some(report) = report {
                 self.report = Some((now, report));
                 self.peer_asks(report.asks, now, out);
