@@ -67,7 +67,7 @@ impl BasePacer {
         Self { most, share: most, measured_at: now, waited: None }
     }
 
-    /// A piece was copied in `took`. `waited`: for how long the guest's vCPUs have waited for a processor in their lives, each on average, if that is known.
+    /// A piece was copied, which took so much processor time. `waited`: for how long the guest's vCPUs have waited for a processor in their lives, each on average, if that is known.
     /// Returns how long to pause before the next piece.
     pub fn copied(&mut self, took: Duration, waited: Option<Duration>, now: Duration) -> Duration {
         let span = now.saturating_sub(self.measured_at);
