@@ -166,5 +166,5 @@ fn status_and_commands_of_a_process() {
     let (code, _, err) = scene.ftctl(&["drill", "--yes"]);
     assert!(code == 4 && err.contains("ask b, which runs the guest"), "{err}");
     assert_eq!(scene.ftctl(&["pause-protection", "--for", "500ms", "--yes"]).0, 4);
-    assert_eq!(scene.ftctl(&["pause-protection", "--for", "8d", "--yes"]).0, 4);
+    assert_eq!(scene.ftctl(&["pause-protection", "--for", "169h", "--yes"]).0, 4);
 }

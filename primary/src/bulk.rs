@@ -153,24 +153,24 @@ struct Pace<'a> {
     pacer: BasePacer,
     vcpus: Vcpus,
     began: Instant,
-    /// The end of the last pause.
-    worked_since: Instant,
+    /// Processor time used until the last pause.
+    used: Duration,
 }
 
 impl<'a> Pace<'a> {
     fn begin(parts: &'a EpochParts) -> Self {
         let now = Instant::now();
         let pacer = BasePacer::new(parts.base_share, Duration::ZERO);
-        Self { metrics: &parts.metrics, pacer, vcpus: Vcpus::find(), began: now, worked_since: now }
+        let vcpus = Vcpus::find();
+        let used = vcpus.others_ran();
+        Self { metrics: &parts.metrics, pacer, vcpus, began: now, used }
     }
 
     /// How long to pause after what was done since the last pause.
     fn pause(&mut self) -> Duration {
-        let now = Instant::now();
-        let pause =
-            self.pacer.copied(now.saturating_duration_since(self.worked_since), self.vcpus.waited(), now - self.began);
-        self.worked_since = now + pause;
-        pause
+        let used = self.vcpus.others_ran();
+        let took = used.saturating_sub(std::mem::replace(&mut self.used, used));
+        self.pacer.copied(took, self.vcpus.waited(), self.began.elapsed())
     }
 }
 

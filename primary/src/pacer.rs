@@ -41,7 +41,7 @@ const WAITED_MOST: f64 = 0.10;
 /// Below this the copy gets faster again.
 const WAITED_LITTLE: f64 = 0.04;
 /// The copy never stands still: what the vCPUs wait for may be somebody else's doing, and the guest is unprotected until it is done.
-const SHARE_LEAST: f64 = 0.25;
+const LEAST_OF_MOST: f64 = 0.25;
 /// What is measured in a shorter time says nothing.
 const MEASURED_LEAST: Duration = Duration::from_millis(20);
 /// Longest pause between two pieces.
@@ -67,7 +67,7 @@ impl BasePacer {
         Self { most, share: most, measured_at: now, waited: None }
     }
 
-    /// A piece was copied in `took`. `waited`: for how long the guest's vCPUs have waited for a processor in their lives, each on average, if that is known.
+    /// A piece was copied, which took so much processor time. `waited`: for how long the guest's vCPUs have waited for a processor in their lives, each on average, if that is known.
     /// Returns how long to pause before the next piece.
     pub fn copied(&mut self, took: Duration, waited: Option<Duration>, now: Duration) -> Duration {
         let span = now.saturating_sub(self.measured_at);
@@ -83,10 +83,15 @@ impl BasePacer {
     fn adapt(&mut self, waited: f64) {
         if waited > WAITED_MOST {
             // In proportion, and at most by half: one measurement may be of something else.
-            self.share = (self.share * (WAITED_MOST / waited).max(0.5)).max(SHARE_LEAST.min(self.most));
+            self.share = (self.share * (WAITED_MOST / waited).max(0.5)).max(self.least());
         } else if waited < WAITED_LITTLE {
             self.share = (self.share * 1.25).min(self.most);
         }
+    }
+
+    fn least(&self) -> f64 {
+        // All of the time means that nothing is more urgent than protection.
+        if self.most < 1.0 { self.most * LEAST_OF_MOST } else { self.most }
     }
 
     /// The share of the time that is spent on copying now.
@@ -115,10 +120,11 @@ mod tests {
 
     #[test]
     fn a_base_is_copied_as_fast_as_the_guest_does_not_mind() {
-        assert!(settled(1.0, 0.0) > 0.99, "nobody minds");
-        let share = settled(1.0, 0.5);
-        assert!((0.25..=0.30).contains(&share), "half of the copy's time is taken from the guest: {share}");
-        assert!(settled(1.0, 100.0) >= 0.25 - 1e-9, "it never stands still");
+        assert!(settled(0.8, 0.0) > 0.79, "nobody minds");
+        let share = settled(0.8, 0.5);
+        assert!((0.2..=0.3).contains(&share), "half of the copy's time is taken from the guest: {share}");
+        assert!(settled(0.8, 100.0) >= 0.2 - 1e-9, "it never stands still");
+        assert!(settled(1.0, 100.0) > 0.99, "nothing is more urgent");
         assert!(settled(0.2, 0.0) <= 0.2, "no more than is allowed");
         let mut unmeasured = BasePacer::new(0.25, Duration::ZERO);
         assert_eq!(unmeasured.copied(MS, None, MS), 3 * MS);

@@ -69,7 +69,10 @@ impl Core {
     fn give_protection_up(&mut self, protection: Protection, reason: ReasonCode, now: Duration, out: &mut Vec<Action>) {
         self.protection = protection;
         if self.backup().is_some() {
+            let strikes = self.strikes;
             self.lose(reason, now, out);
+            // An order says nothing about the link.
+            self.strikes = strikes;
         }
         self.reason = reason;
     }

@@ -22,8 +22,8 @@ impl Core {
         if self.backup().is_some() {
             return self.lose(ReasonCode::BackupReplaced, now, out);
         }
-        self.waiting = Some(backup);
-        if self.strikes > 1 {
+        let anew = self.waiting.replace(backup.clone()) != Some(backup);
+        if anew && self.strikes > 1 {
             self.protect_after = self.protect_after.max(now.saturating_add(STEADY));
         }
     }
