@@ -34,13 +34,23 @@ impl Vcpus {
         all.saturating_sub(Duration::from_nanos(vcpus.fold(0, u64::saturating_add)))
     }
 
+    /// Processor time that they have used in their lives, on average; `None` when the kernel does not say.
+    pub fn ran(&self) -> Option<Duration> {
+        self.average(ran_ns)
+    }
+
     /// For how long they have waited for a processor in their lives, on average; `None` when the kernel does not say.
     pub fn waited(&self) -> Option<Duration> {
-        let waits: Option<Vec<u64>> =
-            self.schedstat.iter().map(|path| waited_ns(&fs::read_to_string(path).ok()?)).collect();
-        let waits = waits.filter(|waits| !waits.is_empty())?;
-        let count = u64::try_from(waits.len()).ok()?;
-        Some(Duration::from_nanos(waits.iter().fold(0, |sum: u64, wait| sum.saturating_add(*wait)) / count))
+        self.average(waited_ns)
+    }
+
+    fn average(&self, field: fn(&str) -> Option<u64>) -> Option<Duration> {
+        let count = u64::try_from(self.schedstat.len()).ok().filter(|count| *count > 0)?;
+        let mut sum = 0_u64;
+        for path in &self.schedstat {
+            sum = sum.saturating_add(field(&fs::read_to_string(path).ok()?)?);
+        }
+        Some(Duration::from_nanos(sum / count))
     }
 }
 

@@ -151,6 +151,7 @@ impl Desk {
             status.output.dropped_frames_total = counters.dropped_late + counters.dropped_full + counters.discarded;
             scene.metrics.fill(&mut status.counters);
             scene.metrics.fill_resync(status);
+            scene.metrics.fill_pacing(status);
         });
     }
 

@@ -123,10 +123,11 @@ pub fn checkpoint(
     link: &Link,
     epoch: Epoch,
     afterwards: Afterwards,
-) -> Result<(), CheckpointError> {
-    let staged = take(machine, parts, link, epoch, afterwards)?;
+) -> Result<PauseParts, CheckpointError> {
+    let (staged, pause) = take(machine, parts, link, epoch, afterwards)?;
     // 8, 9. Encode and send, on the link's own thread.
-    link.send(staged)
+    link.send(staged)?;
+    Ok(pause)
 }
 
 /// The same for the checkpoint that ends a base which was begun on `link`.
@@ -140,7 +141,7 @@ pub fn checkpoint_base(
     epoch: Epoch,
     afterwards: Afterwards,
 ) -> Result<(), CheckpointError> {
-    let staged = take(machine, parts, link, epoch, afterwards)?;
+    let (staged, _) = take(machine, parts, link, epoch, afterwards)?;
     link.end_base(staged)
 }
 
@@ -151,7 +152,7 @@ fn take(
     link: &Link,
     epoch: Epoch,
     afterwards: Afterwards,
-) -> Result<StagedCheckpoint, CheckpointError> {
+) -> Result<(StagedCheckpoint, PauseParts), CheckpointError> {
     // 1. The epoch may end only while what is in flight is within its limits, and while the disks' record is whole.
     if let Some(failure) = parts.disks.take_failure() {
         return Err(failure.into());
@@ -160,7 +161,7 @@ fn take(
     let (staged, pause) = stage(machine, parts, epoch, afterwards)?;
     parts.metrics.paused(&pause, staged.pages.len());
     link.check_size(epoch, staged.pages.bytes().len() + staged.disk.weight())?;
-    Ok(staged)
+    Ok((staged, pause))
 }
 
 /// How long each part of a pause took.

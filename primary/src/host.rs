@@ -29,8 +29,8 @@ use crate::pulse::SharedVoice;
 use crate::staging::Arena;
 use crate::verify::Verifier;
 
-/// Checkpoints on their way at one time: enough to hide a round trip, few enough that an overload lengthens epochs soon.
-pub const EPOCHS_IN_FLIGHT: usize = 8;
+/// Checkpoints on their way at one time, at most.
+pub const EPOCHS_IN_FLIGHT: usize = failover::config::EPOCHS_IN_FLIGHT as usize;
 
 /// Whether the process goes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -182,7 +182,7 @@ impl Host {
     /// Bounds of a link.
     pub fn link_limits(&self) -> LinkLimits {
         let checkpoint_bytes = usize::try_from(self.config.limits.inbox).unwrap_or(usize::MAX);
-        LinkLimits { epochs_in_flight: EPOCHS_IN_FLIGHT, checkpoint_bytes }
+        LinkLimits { epochs_in_flight: usize::from(self.config.epoch.in_flight), checkpoint_bytes }
     }
 
     /// Where the arbiter's answers arrive.

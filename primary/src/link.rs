@@ -17,6 +17,7 @@ use replication_proto::{DiskChange, Epoch, GoodbyeReason, LinkError, PieceHashes
 use crate::epoch::{CheckpointError, ROOM_PATIENCE, StagedCheckpoint};
 use crate::metrics::Metrics;
 use crate::output::Gate;
+use crate::output::bell::Bell;
 use crate::staging::{Arena, StagedPages};
 use crate::stream::{Stream, StreamEvent};
 
@@ -132,6 +133,7 @@ impl Link {
         let (commands, inbox) = unbounded();
         let shared = Arc::new(Shared::default());
         let (answered, answers) = unbounded();
+        let bell = Arc::clone(gate.bell());
         let thread = LinkThread {
             socket,
             poll,
@@ -140,12 +142,18 @@ impl Link {
             writing: Bytes::new(),
             closing: false,
             shared: Arc::clone(&shared),
+            bell,
             answered,
             metrics,
             tell: Box::new(tell),
         };
         let handle = std::thread::Builder::new().name("ft-link".into()).spawn(move || thread.run())?;
         Ok((Self { commands, waker, shared, answers, limits }, handle))
+    }
+
+    /// Most checkpoints sent and not acknowledged.
+    pub fn epochs_in_flight_most(&self) -> usize {
+        self.limits.epochs_in_flight
     }
 
     /// Waits until a further checkpoint may be in flight.
@@ -309,6 +317,8 @@ struct LinkThread {
     writing: Bytes,
     closing: bool,
     shared: Arc<Shared>,
+    /// Rung when a commit arrived.
+    bell: Arc<Bell>,
     /// Answers go to whoever copies the base, and to nobody else.
     answered: Sender<PiecesWanted>,
     metrics: Arc<Metrics>,
@@ -356,13 +366,22 @@ impl LinkThread {
                 Ok(0) => return Err(LinkEnd::EndOfFile),
                 Ok(n) => {
                     let before = self.stream.in_flight();
+                    let mut committed = None;
                     let Self { stream, tell, answered, .. } = self;
                     let handled = stream.handle_bytes(&buffer[..n], |event| match event {
                         // Nobody copies a base any more if it fails.
                         StreamEvent::Wanted(answer) => drop(answered.send(answer)),
-                        event => tell(LinkEvent::Stream(event)),
+                        event => {
+                            if let StreamEvent::Committed(epoch) = &event {
+                                committed = Some(*epoch);
+                            }
+                            tell(LinkEvent::Stream(event));
+                        }
                     });
                     self.note_freed(before);
+                    if let Some(epoch) = committed {
+                        self.bell.committed(epoch.0);
+                    }
                     handled?;
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),

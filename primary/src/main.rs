@@ -91,7 +91,7 @@ fn start_runner(
     let parts = host.epoch_parts();
     let tell = tell.clone();
     let runner =
-        Runner::start(machine, parts, Epoch(0), host.config.epoch.interval, host.clock.clone(), move |event| {
+        Runner::start(machine, parts, Epoch(0), host.config.epoch.pace, host.clock.clone(), move |event| {
             // The owner may have ended.
             tell.send(OwnerEvent::Runner(event)).ok();
         });

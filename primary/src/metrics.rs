@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use failover::status::{Counters, Status, StatusBoard, Timing};
+use failover::status::{Counters, PacingStatus, Status, StatusBoard, Timing};
 use replication_proto::Epoch;
 
 use crate::epoch::PauseParts;
@@ -22,6 +22,7 @@ pub struct Metrics {
     /// Pages in the last checkpoint.
     last_dirty_pages: AtomicU64,
     base: Mutex<Option<Base>>,
+    pacing: Mutex<Option<PacingStatus>>,
 }
 
 /// A base that is being copied.
@@ -42,6 +43,7 @@ impl Metrics {
             wire_bytes: AtomicU64::new(0),
             last_dirty_pages: AtomicU64::new(0),
             base: Mutex::default(),
+            pacing: Mutex::default(),
         }
     }
 
@@ -98,6 +100,18 @@ impl Metrics {
             let mib = |bytes: u64| u32::try_from(bytes >> 20).map_or(f64::INFINITY, f64::from);
             (done >= 1 << 20).then(|| base.began.elapsed().as_secs_f64() * mib(base.left_bytes) / mib(done))
         });
+    }
+
+    /// How it goes with epochs.
+    pub fn paced(&self, pacing: PacingStatus) {
+        *self.pacing.lock().unwrap_or_else(PoisonError::into_inner) = Some(pacing);
+    }
+
+    /// Writes into a status how it goes with epochs, if there were any.
+    pub fn fill_pacing(&self, status: &mut Status) {
+        if let Some(pacing) = &*self.pacing.lock().unwrap_or_else(PoisonError::into_inner) {
+            status.pacing = pacing.clone();
+        }
     }
 
     /// Writes the counters into a status.

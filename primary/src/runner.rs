@@ -1,5 +1,5 @@
 //! The thread that owns the machine: nothing else may run, pause or end it. It carries out one command after another and,
-//! while protected, ends an epoch whenever the pacer says so.
+//! while protected, ends an epoch whenever the pacer says so. What happens meanwhile, an output or a commit, is told by a bell.
 
 use std::io;
 use std::sync::Arc;
@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
+use crossbeam::channel::{Receiver, Sender, TryRecvError, bounded, select, unbounded};
+use failover::config::EpochPace;
 use failover::{RunPermit, failpoint};
 use replication_proto::{Epoch, Standing};
 use vmm::machine::{DirtyError, PauseError, RunError};
@@ -15,9 +16,10 @@ use vmm::{Machine, PausedVm};
 
 use crate::bulk;
 use crate::clock::Clock;
+use crate::contention::Vcpus;
 use crate::epoch::{Afterwards, CheckpointError, EpochParts, checkpoint};
 use crate::link::Link;
-use crate::pacer::Pacer;
+use crate::pacer::{Look, Next as Pace, Pacer, Taken};
 use crate::silent::SilentTaps;
 
 /// What the runner tells its owner.
@@ -70,7 +72,7 @@ impl Runner {
         machine: Box<dyn Machine>,
         parts: EpochParts,
         last: Epoch,
-        interval: Duration,
+        pace: EpochPace,
         clock: Clock,
         tell: impl Fn(RunnerEvent) + Send + 'static,
     ) -> io::Result<Self> {
@@ -79,7 +81,7 @@ impl Runner {
         let state = RunnerThread {
             machine,
             parts,
-            interval,
+            pace,
             clock,
             tell: Box::new(tell),
             commands: inbox,
@@ -109,7 +111,7 @@ impl Runner {
         self.ask(|done| Command::Resume { done }).unwrap_or_else(|gone| Err(RunError::Ended(gone.to_string())))
     }
 
-    /// Copies the base over `link` to a backup of this standing, then ends an epoch at each interval. `first` is the base's epoch.
+    /// Copies the base over `link` to a backup of this standing, then ends one epoch after another. `first` is the base's epoch.
     pub fn protect(&self, link: Link, first: Epoch, standing: Standing) {
         self.commands.send(Command::Protect { link, first, standing }).ok();
     }
@@ -167,7 +169,7 @@ impl Runner {
 struct RunnerThread {
     machine: Box<dyn Machine>,
     parts: EpochParts,
-    interval: Duration,
+    pace: EpochPace,
     clock: Clock,
     tell: Box<dyn Fn(RunnerEvent) + Send>,
     commands: Receiver<Command>,
@@ -181,6 +183,19 @@ struct RunnerThread {
     stopped: bool,
     /// Hears the frames that arrive after the last checkpoint of a switchover: they are told to the backup, as those before.
     late: Option<SilentTaps>,
+}
+
+/// How often the pacer's figures are shown.
+const SHOWN_INTERVAL: Duration = Duration::from_millis(100);
+
+/// What ended the wait for the end of an epoch.
+enum Woken {
+    /// It shall end.
+    Due,
+    /// An order came.
+    Ordered(Command),
+    /// Nobody gives orders any more.
+    Gone,
 }
 
 /// What became of a protected stretch.
@@ -238,7 +253,7 @@ impl RunnerThread {
                 (self.tell)(RunnerEvent::BaseSent(first));
                 link.epoch_begins(first.next());
                 self.parts.mirror.attach(link.clone());
-                let next = self.epochs(link);
+                let next = self.epochs(link, first);
                 self.parts.mirror.detach();
                 next
             }
@@ -251,32 +266,35 @@ impl RunnerThread {
         next
     }
 
-    fn epochs(&mut self, link: &Link) -> Next {
-        let mut pacer = Pacer::fixed(self.interval, self.clock.now());
+    fn epochs(&mut self, link: &Link, base: Epoch) -> Next {
+        let mut pacer = Pacer::new(self.pace, link.epochs_in_flight_most(), base, self.clock.now());
+        let vcpus = if pacer.wants_ran() { Vcpus::find() } else { Vcpus::default() };
+        let mut shown_at = None;
         loop {
-            let afterwards = match self.commands.recv_deadline(self.clock.instant(pacer.deadline())) {
-                Err(RecvTimeoutError::Timeout) => Afterwards::RunsOn,
-                Ok(Command::Final) => Afterwards::StaysStopped,
-                Ok(Command::Pause { done }) => {
+            let afterwards = match self.await_end(&mut pacer, &vcpus, &mut shown_at) {
+                Woken::Due => Afterwards::RunsOn,
+                Woken::Ordered(Command::Final) => Afterwards::StaysStopped,
+                Woken::Ordered(Command::Pause { done }) => {
                     drop(done.send(self.stop()));
                     return self.stopped_with_link(link);
                 }
-                Ok(command) => {
+                Woken::Ordered(command) => {
                     link.close();
                     return self.carry_out(command);
                 }
-                Err(RecvTimeoutError::Disconnected) => return Next::ShutDown,
+                Woken::Gone => return Next::ShutDown,
             };
             let since = self.clock.now();
+            let waited_since = self.parts.gate.bell().waits_since();
             let epoch = self.last.next();
             self.use_epoch(epoch);
             link.epoch_begins(epoch.next());
-            match checkpoint(&mut *self.machine, &self.parts, link, epoch, afterwards) {
-                Ok(()) => {}
+            let pause = match checkpoint(&mut *self.machine, &self.parts, link, epoch, afterwards) {
+                Ok(pause) => pause.whole,
                 // The guest ended by itself and its machine says so. The backup must not see the link go before the record says *stopped*.
                 Err(CheckpointError::Pause(PauseError::Ended(_))) => return self.stopped_with_link(link),
                 Err(error) => return self.failed(link, error),
-            }
+            };
             if afterwards == Afterwards::StaysStopped {
                 self.stopped = true;
                 self.late = SilentTaps::listen(self.parts.mirror.ports())
@@ -285,7 +303,39 @@ impl RunnerThread {
                 (self.tell)(RunnerEvent::FinalSent { epoch, since });
                 return self.stopped_with_link(link);
             }
-            pacer.ended(self.clock.now());
+            let now = self.clock.now();
+            // What was waited for before the pause is not the pause.
+            let began = now.saturating_sub(pause).max(since);
+            pacer.ended(&Taken { epoch, began, pause, waited_since, ran: vcpus.ran() }, now);
+        }
+    }
+
+    /// Waits until the epoch shall end, or an order comes.
+    fn await_end(&self, pacer: &mut Pacer, vcpus: &Vcpus, shown_at: &mut Option<Duration>) -> Woken {
+        let bell = Arc::clone(self.parts.gate.bell());
+        loop {
+            match self.commands.try_recv() {
+                Ok(command) => return Woken::Ordered(command),
+                Err(TryRecvError::Disconnected) => return Woken::Gone,
+                Err(TryRecvError::Empty) => {}
+            }
+            let now = self.clock.now();
+            pacer.committed(Epoch(bell.last_committed()), now);
+            if shown_at.is_none_or(|at| now.saturating_sub(at) >= SHOWN_INTERVAL) {
+                *shown_at = Some(now);
+                self.parts.metrics.paced(pacer.status());
+            }
+            let asked = self.parts.verifier.wants_epochs() || self.parts.disks.wants_checkpoint();
+            let look = Look { now, waiting_since: bell.waits_since(), ran: vcpus.ran(), asked };
+            let until = match pacer.look(&look) {
+                Pace::End => return Woken::Due,
+                Pace::Look(at) => self.clock.instant(at.max(now)),
+            };
+            select! {
+                recv(self.commands) -> command => return command.map_or(Woken::Gone, Woken::Ordered),
+                recv(bell.heard()) -> _ => {}
+                default(until.saturating_duration_since(std::time::Instant::now())) => {}
+            }
         }
     }
 

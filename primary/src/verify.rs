@@ -173,6 +173,11 @@ impl Verifier {
         *self.lock() = None;
     }
 
+    /// Whether parts wait for epochs to go with.
+    pub fn wants_epochs(&self) -> bool {
+        self.lock().as_ref().is_some_and(|current| !current.is_done())
+    }
+
     /// What was found so far, and whether that is everything. `None` when nothing is under way.
     pub fn findings(&self) -> Option<(Findings, bool)> {
         self.lock().as_ref().map(|current| (current.findings(), current.is_done()))

@@ -354,7 +354,7 @@ impl Waiter {
         let told = tell.clone();
         let parts = host.epoch_parts();
         let runner =
-            Runner::start(machine, parts, Epoch(0), host.config.epoch.interval, host.clock.clone(), move |event| {
+            Runner::start(machine, parts, Epoch(0), host.config.epoch.pace, host.clock.clone(), move |event| {
                 told.send(OwnerEvent::Runner(event)).ok();
             });
         let ran = runner.map_err(anyhow::Error::from).and_then(|runner| {

@@ -49,6 +49,7 @@ fn size_within(key: &str, value: u64, least: u64, most: u64) -> Result<(), Wrong
 impl PairConfig {
     pub(super) fn check(&self) -> Result<(), Wrong> {
         self.check_vm()?;
+        self.check_epoch()?;
         self.check_timers()?;
         self.check_limits()?;
         self.check_arbiter()?;
@@ -88,7 +89,6 @@ impl PairConfig {
     fn check_timers(&self) -> Result<(), Wrong> {
         let (ms, hour) = (Duration::from_millis(1), Duration::from_secs(3600));
         let t = &self.timers;
-        span_within("epoch.interval", self.epoch.interval, ms, Duration::from_secs(1))?;
         span_within("timers.heartbeat", t.heartbeat, ms, Duration::from_secs(10))?;
         span_within("timers.solo", t.solo, 3 * ms, Duration::from_secs(60))?;
         span_within("timers.takeover", t.takeover, 5 * ms, Duration::from_secs(120))?;
@@ -209,7 +209,7 @@ impl PairConfig {
         let heartbeats = t.solo.as_micros() / t.heartbeat.as_micros().max(1);
         let span = format_span;
         [
-            format!("epochs per second at most: {}", 1_000_000 / self.epoch.interval.as_micros().max(1)),
+            self.derived_epoch(),
             format!(
                 "heartbeats that may be lost in a row before the primary holds output: {}",
                 heartbeats.saturating_sub(1)

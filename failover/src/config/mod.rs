@@ -13,10 +13,12 @@ use serde::{Deserialize, Serialize};
 
 mod check;
 mod disks;
+mod epoch;
 mod etcd;
 mod units;
 
 pub use disks::{DiskName, DiskPaths, DiskSection, MAX_DISKS};
+pub use epoch::{EPOCHS_IN_FLIGHT, EpochPace, EpochSection};
 pub use etcd::EtcdSection;
 pub use units::{format_size, format_span, parse_size, parse_span};
 
@@ -183,17 +185,6 @@ impl VmSection {
             Mac([0x52, 0x54, 0x00, folded[0], folded[1], folded[2]])
         })
     }
-}
-
-/// `[epoch]`
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct EpochSection {
-    /// Time from one checkpoint to the next.
-    #[serde(with = "units::span")]
-    pub interval: Duration,
-    /// Whether each checkpoint carries a digest of all of RAM, which an activation compares. For tests: about 0.15 ms of pause for each MiB.
-    pub ram_digest: bool,
 }
 
 /// `[timers]`
@@ -422,16 +413,10 @@ pub struct PairConfig {
 }
 
 mod defaults {
-    use super::{Duration, EpochSection, LimitsSection, Percent, ProtectSection, TimersSection};
+    use super::{Duration, LimitsSection, Percent, ProtectSection, TimersSection};
 
     pub(super) fn vcpus() -> u8 {
         1
-    }
-
-    impl Default for EpochSection {
-        fn default() -> Self {
-            Self { interval: Duration::from_millis(25), ram_digest: false }
-        }
     }
 
     impl Default for TimersSection {

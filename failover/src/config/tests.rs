@@ -62,6 +62,24 @@ fn the_effective_configuration_reads_as_itself() {
 }
 
 #[test]
+fn an_epoch_has_one_target_and_shows_it() {
+    let pace = |lines: &str| parse(&format!("{GOOD}[epoch]\n{lines}")).map(|config| (config.epoch.pace, config));
+    let ms = Duration::from_millis;
+    let cases = [
+        ("", EpochPace::Latency(ms(2)), "99 shall wait for at most 2ms"),
+        ("latency = \"5ms\"\n", EpochPace::Latency(ms(5)), "at most 5ms"),
+        ("interval = \"25ms\"\n", EpochPace::Fixed(ms(25)), "one every 25ms"),
+        ("overhead = \"10%\"\n", EpochPace::Overhead(Percent(10)), "at most 10% of the guest's time"),
+    ];
+    for (lines, expected, told) in cases {
+        let (pace, config) = pace(lines).unwrap();
+        assert_eq!(pace, expected);
+        assert!(config.derived().contains(told), "{}", config.derived());
+        assert_eq!(parse(&config.effective()), Ok(config.clone()), "{}", config.effective());
+    }
+}
+
+#[test]
 fn a_byte_order_mark_and_dos_lines_are_tolerated_other_encodings_are_not() {
     assert_eq!(parse(&format!("\u{FEFF}{}", GOOD.replace('\n', "\r\n"))), parse(GOOD));
     let directory = tempfile::tempdir().unwrap();
@@ -103,6 +121,10 @@ fn values_out_of_bounds_and_unsafe_timers_are_refused_with_their_key() {
         (format!("{GOOD}[timers]\ntakeover = \"150ms\"\n"), "timers.takeover: 150ms must be longer than timers.solo"),
         (format!("{GOOD}[timers]\nheartbeat = \"50ms\"\n"), "timers.heartbeat: 50ms is too long"),
         (format!("{GOOD}[epoch]\ninterval = \"0ms\"\n"), "epoch.interval: 0us is out of bounds"),
+        (format!("{GOOD}[epoch]\nlatency = \"100us\"\n"), "epoch.latency: 100us is out of bounds"),
+        (format!("{GOOD}[epoch]\noverhead = \"95%\"\n"), "epoch.overhead: 95% leaves the guest nothing"),
+        (format!("{GOOD}[epoch]\nin_flight = 9\n"), "epoch.in_flight: 9 is out of bounds"),
+        (format!("{GOOD}[epoch]\nlatency = \"2ms\"\ninterval = \"25ms\"\n"), "say one of them"),
         (format!("{GOOD}[limits]\nstaging = \"1B\"\n"), "limits.staging"),
         (edited("memory = \"256MiB\"", "memory = \"1048577B\""), "vm.memory: must be a multiple"),
         (edited("kernel = \"guest-kv\"", "vcpus = 3"), "vm.vcpus: 3 vCPUs"),

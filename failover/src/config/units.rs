@@ -31,6 +31,24 @@ pub(super) mod size {
     }
 }
 
+/// The same for a duration that may be absent.
+pub(super) mod maybe_span {
+    use super::{Duration, format_span, parse_span};
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    pub(crate) fn serialize<S: Serializer>(span: &Option<Duration>, serializer: S) -> Result<S::Ok, S::Error> {
+        match span {
+            Some(span) => serializer.serialize_some(&format_span(*span)),
+            None => serializer.serialize_none(),
+        }
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
+        let text: Option<String> = Option::deserialize(deserializer)?;
+        text.map(|text| parse_span(&text).map_err(D::Error::custom)).transpose()
+    }
+}
+
 /// The same for a size that may be absent.
 pub(super) mod maybe_size {
     use super::{format_size, parse_size};

@@ -8,9 +8,9 @@ use jiff::Timestamp;
 use replication_proto::{Incarnation, NodeName};
 
 use super::{
-    ArbiterStatus, Counters, Distribution, LinkStatus, NodeRole, OutputStatus, PeerStatus, SCHEMA, Status, Timings,
+    ArbiterStatus, Counters, Distribution, LinkStatus, NodeRole, OutputStatus, PacingStatus, PeerStatus, SCHEMA, Status, Timings,
 };
-use crate::config::{MachineKind, PairConfig};
+use crate::config::{EpochPace, MachineKind, PairConfig};
 use crate::decide::{Gate, StateName, View};
 use crate::reason::ReasonCode;
 
@@ -49,8 +49,8 @@ pub struct Labels {
     pub peer: String,
     /// Random id of this process.
     pub incarnation: Incarnation,
-    /// Time between two checkpoints.
-    pub epoch_interval: Duration,
+    /// When epochs end.
+    pub pace: EpochPace,
     /// Limit of held output, in bytes.
     pub output_limit: u64,
     /// The link is neither authenticated nor encrypted, and not loopback.
@@ -74,7 +74,7 @@ impl Labels {
             node: me.to_string(),
             peer: peer.to_string(),
             incarnation,
-            epoch_interval: config.epoch.interval,
+            pace: config.epoch.pace,
             output_limit: config.limits.output,
             insecure_link: config.link.insecure_lab,
         }
@@ -126,7 +126,7 @@ impl StatusBoard {
             next_step: reason.next_step().into(),
             generation: 0,
             epoch: 0,
-            epoch_interval_seconds: labels.epoch_interval.as_secs_f64(),
+            pacing: PacingStatus::configured(labels.pace),
             lag_epochs: 0,
             lag_seconds: None,
             since: stamp(),

@@ -7,10 +7,12 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 mod board;
+mod pacing;
 mod prom;
 mod table;
 
 pub use board::{Labels, StatusBoard, Timing};
+pub use pacing::PacingStatus;
 
 use crate::decide::StateName;
 use crate::reason::ReasonCode;
@@ -188,8 +190,9 @@ pub struct Status {
     pub generation: u64,
     /// Last epoch ended (primary) or committed (backup).
     pub epoch: u64,
-    /// Time between two checkpoints.
-    pub epoch_interval_seconds: f64,
+    /// When epochs end, and how that goes.
+    #[serde(default)]
+    pub pacing: PacingStatus,
     /// Epochs that are not committed yet.
     pub lag_epochs: u64,
     /// Age of the newest committed epoch.

@@ -132,6 +132,15 @@ impl Scrape {
         labelled(e, MetricType::Counter, "ft_failovers", "Guests activated here", "cause", causes)?;
         let codes = counters.protocol_errors.iter().map(|(code, count)| (code.as_str(), *count));
         labelled(e, MetricType::Counter, "ft_protocol_errors", "Frames and connections refused", "code", codes)?;
+        let pacing = &self.0.pacing;
+        let modes = ["fixed", "latency", "overhead"].into_iter().map(|mode| (mode, u64::from(mode == pacing.mode)));
+        labelled(e, MetricType::Gauge, "ft_pacing", "What decides when epochs end", "mode", modes)?;
+        gauge(e, "ft_epochs_per_second", "Checkpoints in the last second or so", pacing.epochs_per_second)?;
+        gauge(e, "ft_guest_lost_ratio", "Part of the guest's time lost to pauses lately", pacing.guest_lost_ratio)?;
+        gauge(e, "ft_reply_added_p99_seconds", "What replies waited lately", pacing.reply_added_p99_seconds)?;
+        if let Some(met) = pacing.met {
+            flag(e, "ft_pacing_target_met", "The target of the pacing is met", met)?;
+        }
         histogram(e, "ft_epoch_pause_seconds", "Guest paused for a checkpoint", &timings.pause)?;
         histogram(e, "ft_epoch_transfer_seconds", "Encoding and sending a checkpoint", &timings.transfer)?;
         histogram(e, "ft_epoch_ack_seconds", "From the last byte sent to the ack", &timings.ack)?;

@@ -64,14 +64,13 @@ pub(super) fn render(s: &Status) -> String {
     line(
         &mut out,
         format!(
-            "VM {} ({}…)  {}   state {}   gen {}   epoch {}   epoch length {}   since {since} ({})",
+            "VM {} ({}…)  {}   state {}   gen {}   epoch {}   since {since} ({})",
             clean(&s.vm),
             clean(id),
             s.headline(),
             s.state.word(),
             s.generation,
             grouped(s.epoch),
-            span(s.epoch_interval_seconds),
             span(s.state_seconds)
         ),
     );
@@ -97,6 +96,7 @@ pub(super) fn render(s: &Status) -> String {
             quantiles(&t.output_hold)
         ),
     );
+    pacing(&mut out, s);
     let o = &s.output;
     line(
         &mut out,
@@ -116,6 +116,31 @@ pub(super) fn render(s: &Status) -> String {
     let warnings = if s.warnings.is_empty() { "none".into() } else { clean(&s.warnings.join("; ")) };
     line(&mut out, format!("Warnings: {warnings}"));
     out
+}
+
+/// What decides when epochs end, and how that goes.
+fn pacing(out: &mut String, s: &Status) {
+    let p = &s.pacing;
+    let percent = |ratio: f64| format!("{:.1} %", ratio * 100.0);
+    let target = p.target_seconds.map(span).or_else(|| p.target_ratio.map(percent)).unwrap_or_default();
+    let _ = write!(out, "Pacing:  {} {target}", clean(&p.mode));
+    if p.commit_seconds > 0.0 {
+        let _ = write!(
+            out,
+            ": {:.0} epochs/s, guest loses {}, commit {}, added to a reply p50/p99 {}/{}",
+            p.epochs_per_second,
+            percent(p.guest_lost_ratio),
+            span(p.commit_seconds),
+            span(p.reply_added_p50_seconds),
+            span(p.reply_added_p99_seconds)
+        );
+    }
+    let met = match p.met {
+        Some(false) => " - TARGET NOT MET",
+        _ => "",
+    };
+    let text = if p.text.is_empty() { String::new() } else { format!(" ({})", clean(&p.text)) };
+    let _ = writeln!(out, "{met}{text}");
 }
 
 /// How far the next protection is, and for how long there has been none.

@@ -17,7 +17,7 @@ pub(crate) fn board() -> StatusBoard {
         node: "a".into(),
         peer: "b".into(),
         incarnation: Incarnation(1),
-        epoch_interval: Duration::from_millis(25),
+        pace: crate::config::EpochPace::Fixed(Duration::from_millis(25)),
         output_limit: 64 << 20,
         insecure_link: true,
     };

@@ -51,6 +51,12 @@ impl DiskLog {
         self.lock().bytes
     }
 
+    /// Whether more than half of the room is used.
+    pub fn fills(&self) -> bool {
+        let state = self.lock();
+        state.running.is_some() && state.bytes > self.limit / 2
+    }
+
     /// Waits until there is room. Never called inside a change: the machine can be stopped meanwhile, which makes the room.
     pub fn wait_for_room(&self) {
         let full = |state: &mut State| state.running.is_some() && state.bytes >= self.limit;

@@ -130,6 +130,11 @@ impl OwnerDisks {
         self.shared.log.seal(epoch)
     }
 
+    /// Whether writers of the guest will soon wait for the end of the epoch, because the log has little room.
+    pub fn wants_checkpoint(&self) -> bool {
+        !self.disks.is_empty() && self.shared.log.fills()
+    }
+
     /// What may differ from each map's base: after [`Self::begin_log`], what a synchronisation has to look at.
     pub fn dirty(&self) -> Vec<(Option<Point>, BlockSet)> {
         self.disks.iter().map(|disk| (disk.map().base(), disk.map().dirty())).collect()

@@ -7,6 +7,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use replication_proto::Epoch;
 
+use super::bell::Bell;
 use super::held::HeldFrames;
 use super::queue::{Mode, Output, OutputQueue, QueueCounters, QueueLimits, Released};
 use super::speakers::{Speaker, Speakers};
@@ -22,6 +23,7 @@ pub struct Gate {
     world: Arc<dyn World>,
     clock: Clock,
     metrics: Arc<Metrics>,
+    bell: Arc<Bell>,
     max_hold: Duration,
     /// Frames that were released in time and were too old when their turn to be written came.
     dropped_late: AtomicU64,
@@ -38,7 +40,13 @@ impl Gate {
         let max_hold = limits.max_hold;
         let state = Mutex::new(State { queue: OutputQueue::new(limits), speakers: Speakers::default() });
         let dropped_late = AtomicU64::new(0);
-        Arc::new(Self { state, exit: Mutex::new(()), world, clock, metrics, max_hold, dropped_late })
+        let bell = Arc::default();
+        Arc::new(Self { state, exit: Mutex::new(()), world, clock, metrics, bell, max_hold, dropped_late })
+    }
+
+    /// Tells when an output waits and, once somebody says so there, when commits arrive.
+    pub fn bell(&self) -> &Arc<Bell> {
+        &self.bell
     }
 
     /// Fixes the outputs of the epoch that ends now. Only while the guest is paused. `None`: this side was fenced meanwhile.
@@ -46,6 +54,7 @@ impl Gate {
         let mut state = self.lock();
         let outputs = state.queue.seal(epoch)?;
         let speakers = state.speakers.all();
+        self.bell.sealed();
         drop(state);
         Some(HeldFrames::of(&outputs, speakers))
     }
@@ -65,9 +74,11 @@ impl Gate {
         self.lock().queue.keep(epoch);
     }
 
-    /// Everything waits from now on.
+    /// Everything waits from now on, until an epoch that ends after this is committed: so one shall end.
     pub fn hold(&self) {
-        self.lock().queue.hold();
+        let mut state = self.lock();
+        state.queue.hold();
+        self.bell.output_waits(self.clock.now());
     }
 
     /// Solo: everything leaves. The lock is kept while the held outputs are written, so that new ones cannot overtake them.
@@ -75,6 +86,7 @@ impl Gate {
         let _exit = self.exit.lock().unwrap_or_else(PoisonError::into_inner);
         let mut state = self.lock();
         let released = state.queue.open(self.clock.now());
+        self.bell.sealed();
         self.write(released);
     }
 
@@ -85,7 +97,9 @@ impl Gate {
 
     /// This side does not own the guest: nothing leaves, nothing is kept.
     pub fn silence(&self) {
-        self.lock().queue.silence();
+        let mut state = self.lock();
+        state.queue.silence();
+        self.bell.sealed();
     }
 
     /// The mode in force.
@@ -165,6 +179,9 @@ impl Gate {
         // Solo: written under the lock, so that two vCPUs, or a vCPU and `open`, keep their order.
         if let Some(output) = state.queue.push(output, now) {
             self.send(&output);
+        } else if state.queue.waits() {
+            // Before the lock is let go: a seal in between would take the output and leave the word.
+            self.bell.output_waits(now);
         }
     }
 }
@@ -218,7 +235,7 @@ mod tests {
             node: "a".into(),
             peer: "b".into(),
             incarnation: Incarnation(1),
-            epoch_interval: MAX_HOLD,
+            pace: failover::config::EpochPace::Fixed(MAX_HOLD),
             output_limit: 0,
             insecure_link: false,
         };

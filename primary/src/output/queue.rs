@@ -130,6 +130,11 @@ impl OutputQueue {
         (self.held_bytes, self.held_count)
     }
 
+    /// Whether an output waits for the end of the running epoch.
+    pub fn waits(&self) -> bool {
+        !self.current.is_empty()
+    }
+
     /// What happened so far.
     pub fn counters(&self) -> QueueCounters {
         self.counters

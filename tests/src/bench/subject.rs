@@ -162,7 +162,7 @@ fn labels() -> Labels {
         node: "a".into(),
         peer: "b".into(),
         incarnation: Incarnation(1),
-        epoch_interval: Duration::from_millis(25),
+        pace: failover::config::EpochPace::Fixed(Duration::from_millis(25)),
         output_limit: 64 << 20,
         insecure_link: false,
     }

@@ -106,7 +106,7 @@ fn serve() -> &'static Served {
             node: "a".into(),
             peer: "b".into(),
             incarnation: Incarnation(1),
-            epoch_interval: Duration::from_millis(25),
+            pace: failover::config::EpochPace::Fixed(Duration::from_millis(25)),
             output_limit: 1 << 20,
             insecure_link: true,
         };

@@ -194,7 +194,7 @@ fn board(node: usize) -> StatusBoard {
         node: node_name(node).to_string(),
         peer: node_name(1 - node).to_string(),
         incarnation: Incarnation(0),
-        epoch_interval: Duration::from_millis(25),
+        pace: EpochPace::Fixed(Duration::from_millis(25)),
         output_limit: 1 << 20,
         insecure_link: false,
     };

@@ -1,39 +1,6 @@
-//! When an epoch ends, and how fast a base is copied. Pure.
+//! How fast a base is copied. Pure.
 
 use std::time::Duration;
-
-/// Decides when the next epoch ends.
-#[derive(Clone, Debug)]
-pub struct Pacer {
-    interval: Duration,
-    next: Duration,
-}
-
-impl Pacer {
-    /// Epochs of `interval` each, the first of which ends one interval after `now`.
-    pub fn fixed(interval: Duration, now: Duration) -> Self {
-        Self { interval, next: now + interval }
-    }
-
-    /// When the running epoch should end.
-    pub fn deadline(&self) -> Duration {
-        self.next
-    }
-
-    /// An epoch ended. The rhythm is kept while we keep up; after a delay it starts anew, because epochs that were missed are not made up
-    /// for (overload lengthens epochs, guarantee G7).
-    pub fn ended(&mut self, now: Duration) {
-        self.next += self.interval;
-        if self.next <= now {
-            self.next = now + self.interval;
-        }
-    }
-
-    /// Length of an epoch.
-    pub fn interval(&self) -> Duration {
-        self.interval
-    }
-}
 
 /// How much of the guest's time the copying of a base may cost, as the time that its vCPUs waited for a processor: a part of it, because write faults of
 /// the dirty log and caches cost as much again.
@@ -129,15 +96,5 @@ mod tests {
         let mut unmeasured = BasePacer::new(0.25, Duration::ZERO);
         assert_eq!(unmeasured.copied(MS, None, MS), 3 * MS);
         assert_eq!(unmeasured.copied(100 * MS, None, 200 * MS), PAUSE_MOST);
-    }
-
-    #[test]
-    fn keeps_its_rhythm_and_makes_up_for_nothing() {
-        let mut p = Pacer::fixed(25 * MS, Duration::ZERO);
-        assert_eq!(p.deadline(), 25 * MS);
-        p.ended(27 * MS);
-        assert_eq!(p.deadline(), 50 * MS);
-        p.ended(180 * MS);
-        assert_eq!(p.deadline(), 205 * MS);
     }
 }

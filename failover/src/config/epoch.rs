@@ -1,0 +1,127 @@
+//! `[epoch]`: when epochs end. The operator states a target or an interval, one of them.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::check::{Wrong, span_within, wrong};
+use super::units::{self, format_span};
+use super::{PairConfig, Percent};
+
+/// Checkpoints on their way at one time: enough to hide a round trip, few enough that an overload lengthens epochs soon.
+pub const EPOCHS_IN_FLIGHT: u8 = 8;
+/// What is aimed at when the file says nothing.
+const DEFAULT_LATENCY: Duration = Duration::from_millis(2);
+
+/// What decides when an epoch ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EpochPace {
+    /// The clock: one checkpoint after each interval.
+    Fixed(Duration),
+    /// The guest's outputs: the 99th percentile of what a reply waits shall not be longer.
+    Latency(Duration),
+    /// The guest's time: pauses shall not take more of it.
+    Overhead(Percent),
+}
+
+/// `[epoch]`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "Lines", into = "Lines")]
+pub struct EpochSection {
+    /// When an epoch ends.
+    pub pace: EpochPace,
+    /// Most checkpoints that are sent and not committed: 1 to [`EPOCHS_IN_FLIGHT`].
+    pub in_flight: u8,
+    /// Whether each checkpoint carries a digest of all of RAM, which an activation compares. For tests: about 0.15 ms of pause for each MiB.
+    pub ram_digest: bool,
+}
+
+impl Default for EpochSection {
+    fn default() -> Self {
+        Self { pace: EpochPace::Latency(DEFAULT_LATENCY), in_flight: EPOCHS_IN_FLIGHT, ram_digest: false }
+    }
+}
+
+/// The section as it is written.
+#[derive(Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Lines {
+    #[serde(with = "units::maybe_span", skip_serializing_if = "Option::is_none")]
+    interval: Option<Duration>,
+    #[serde(with = "units::maybe_span", skip_serializing_if = "Option::is_none")]
+    latency: Option<Duration>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    overhead: Option<Percent>,
+    in_flight: Option<u8>,
+    ram_digest: bool,
+}
+
+impl TryFrom<Lines> for EpochSection {
+    type Error = &'static str;
+
+    fn try_from(lines: Lines) -> Result<Self, Self::Error> {
+        let Lines { interval, latency, overhead, in_flight, ram_digest } = lines;
+        let unsaid = Self::default();
+        let pace = match (interval, latency, overhead) {
+            (None, None, None) => unsaid.pace,
+            (Some(interval), None, None) => EpochPace::Fixed(interval),
+            (None, Some(latency), None) => EpochPace::Latency(latency),
+            (None, None, Some(overhead)) => EpochPace::Overhead(overhead),
+            _ => return Err("interval, latency and overhead in one [epoch]: say one of them"),
+        };
+        Ok(Self { pace, in_flight: in_flight.unwrap_or(unsaid.in_flight), ram_digest })
+    }
+}
+
+impl From<EpochSection> for Lines {
+    fn from(section: EpochSection) -> Self {
+        let EpochSection { pace, in_flight, ram_digest } = section;
+        let mut lines = Self { in_flight: Some(in_flight), ram_digest, ..Self::default() };
+        match pace {
+            EpochPace::Fixed(interval) => lines.interval = Some(interval),
+            EpochPace::Latency(latency) => lines.latency = Some(latency),
+            EpochPace::Overhead(overhead) => lines.overhead = Some(overhead),
+        }
+        lines
+    }
+}
+
+impl PairConfig {
+    pub(super) fn check_epoch(&self) -> Result<(), Wrong> {
+        let (us, ms) = (Duration::from_micros(1), Duration::from_millis(1));
+        match self.epoch.pace {
+            EpochPace::Fixed(interval) => span_within("epoch.interval", interval, 100 * us, Duration::from_secs(1))?,
+            EpochPace::Latency(latency) => span_within("epoch.latency", latency, 500 * us, 100 * ms)?,
+            EpochPace::Overhead(overhead) if overhead.share() > 0.9 => {
+                let cause = format!("{} leaves the guest nothing: 1% to 90%", String::from(overhead));
+                return Err(wrong("epoch.overhead", cause));
+            }
+            EpochPace::Overhead(_) => {}
+        }
+        if self.epoch.in_flight == 0 || self.epoch.in_flight > EPOCHS_IN_FLIGHT {
+            let cause = format!("{} is out of bounds: 1 to {EPOCHS_IN_FLIGHT}", self.epoch.in_flight);
+            return Err(wrong("epoch.in_flight", cause));
+        }
+        Ok(())
+    }
+
+    pub(super) fn derived_epoch(&self) -> String {
+        match self.epoch.pace {
+            EpochPace::Fixed(interval) => format!(
+                "epochs: one every {}, whatever the guest does; at most {} a second; a reply waits for half of one on average, and for its commit",
+                format_span(interval),
+                1_000_000 / interval.as_micros().max(1)
+            ),
+            EpochPace::Latency(latency) => format!(
+                "epochs: end when output waits; of a hundred replies 99 shall wait for at most {}, as far as link and backup let; \
+                 a guest that computes and says nothing has one after 25ms of its time, an idle one every second",
+                format_span(latency)
+            ),
+            EpochPace::Overhead(overhead) => format!(
+                "epochs: end when output waits, as often as pauses take at most {} of the guest's time; \
+                 an output waits for 100ms at most for that; an idle guest has one every second",
+                String::from(overhead)
+            ),
+        }
+    }
+}
