@@ -8,7 +8,6 @@
 //! * [`speakers`]: which addresses the guest speaks from, for the new owner's announcement.
 
 pub mod bell;
-pub mod bell;
 pub mod gate;
 pub mod held;
 pub mod queue;

@@ -4,6 +4,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crossbeam::channel::{Receiver, never};
 use vm_memory::{Bytes, GuestAddress};
@@ -27,6 +28,8 @@ const SCRATCH: u64 = 1;
 const STATE: u64 = 0;
 /// Written by every capture, as steal time is.
 const CAPTURES: u64 = 0x800;
+/// Processor time for each page that it writes, and for doing anything.
+const WORK: Duration = Duration::from_micros(100);
 const VERSION: u16 = 1;
 
 /// What the guest is, but for its memory: lives in page 0, and a copy of it in the section, as registers would.
@@ -106,6 +109,8 @@ pub struct SimMachine {
     waiting: VecDeque<Vec<u8>>,
     /// Pages written since the last call of [`SimMachine::take_touched`], by whomever: the checkers' own record.
     touched: u64,
+    /// Processor time that it has used.
+    ran: Duration,
 }
 
 impl SimMachine {
@@ -126,6 +131,7 @@ impl SimMachine {
             registers: Registers::default(),
             waiting: VecDeque::new(),
             touched: 0,
+            ran: Duration::ZERO,
         }
     }
 
@@ -159,6 +165,11 @@ impl SimMachine {
         xxhash_rust::xxh3::xxh3_64(&bytes)
     }
 
+    /// Processor time that the guest has used: as much for each page as a host takes that logs writes.
+    pub fn ran(&self) -> Duration {
+        self.ran
+    }
+
     /// The guest runs for a moment: writes `pages` pages and perhaps says something.
     ///
     /// # Panics
@@ -168,6 +179,7 @@ impl SimMachine {
         while let Some(frame) = self.waiting.pop_front() {
             self.take_frame(&frame);
         }
+        self.ran += WORK * u32::try_from(pages + 1).expect("few pages");
         for n in 0..pages {
             self.turn(mix(self.registers.history ^ n));
             let page = SCRATCH + self.registers.history % (PAGE_END - SCRATCH);

@@ -7,6 +7,7 @@
 use std::time::Duration;
 
 use failover::arbiter::NodeRef;
+use failover::config::EpochPace;
 use failover::decide::{ColdStart, CoreConfig, CoreTimers, Input, OnBackupLoss, Rejoin, Role, StateName, Ticket};
 use failover::status::{Labels, NodeRole, StatusBoard};
 use replication_proto::{Incarnation, NodeName, VmId};
@@ -77,8 +78,8 @@ struct Node {
 pub struct Plan {
     /// The seed.
     pub seed: u64,
-    /// Length of an epoch.
-    pub interval: Duration,
+    /// When epochs end.
+    pub pace: EpochPace,
     /// What happens when the backup is lost.
     pub on_backup_loss: OnBackupLoss,
     /// Whether a fenced side becomes the backup by itself.
@@ -115,7 +116,7 @@ impl Plan {
         kinds.extend(Kind::LATER.into_iter().filter(|_| later.range(0, 4) == 0));
         Self {
             seed,
-            interval: Duration::from_millis(pick(&mut rng, &[1, 1, 2, 5, 10, 25])),
+            pace: draw_pace(seed, Duration::from_millis(pick(&mut rng, &[1, 1, 2, 5, 10, 25]))),
             on_backup_loss: if rng.range(0, 8) == 0 { OnBackupLoss::Hold } else { OnBackupLoss::Solo },
             rejoin: match mix(seed ^ 0x7e) % 4 {
                 0 => Rejoin::AtOnce,
@@ -135,12 +136,25 @@ impl Plan {
     pub fn calm(seed: u64) -> Self {
         Self {
             kinds: Vec::new(),
-            interval: Duration::from_millis(25),
+            pace: EpochPace::Fixed(Duration::from_millis(25)),
             on_backup_loss: OnBackupLoss::Solo,
             rejoin: Rejoin::AfterKeep,
             retry: Duration::from_millis(50),
             jitter: 20_000,
             ..Self::draw(seed)
+        }
+    }
+}
+
+/// Half of the worlds have epochs of a fixed length, the others such as follow the work. A chance of its own: the other draws of a seed do not depend on it.
+fn draw_pace(seed: u64, interval: Duration) -> EpochPace {
+    let mut rng = Rng::new(mix(seed ^ 0x9ace));
+    match rng.range(0, 6) {
+        0..3 => EpochPace::Fixed(interval),
+        3..5 => EpochPace::Latency(interval.max(Duration::from_millis(2))),
+        _ => {
+            let share = ["1%", "10%", "40%"][usize::try_from(rng.range(0, 3)).expect("small")];
+            EpochPace::Overhead(share.to_owned().try_into().expect("a share"))
         }
     }
 }
@@ -584,8 +598,8 @@ impl World {
             timers,
         };
         let heartbeat = Duration::from_millis(20);
-        let (interval, jitter, skew) = (self.plan.interval, self.plan.jitter, self.nodes[node].skew);
-        Settings { core, interval, heartbeat, skew, jitter }
+        let (pace, jitter, skew) = (self.plan.pace, self.plan.jitter, self.nodes[node].skew);
+        Settings { core, pace, heartbeat, skew, jitter }
     }
 
     /// The process of a node is gone, in order or not; its kernel closes what it had open.

@@ -14,7 +14,7 @@ use primary::epoch::{Afterwards, EpochParts, StagedCheckpoint, stage};
 use primary::host::{EPOCHS_IN_FLIGHT, Flow, wire_goodbye};
 use primary::mirror::Mirror;
 use primary::owner::course::{Course, Event as Told, Order};
-use primary::pacer::Pacer;
+use primary::pacer::{Look, Next, Pacer, Taken};
 use primary::protect::Session;
 use primary::setup::{facts, ram_layout};
 use primary::stream::{Stream, StreamEvent};
@@ -30,6 +30,9 @@ use super::process::{Base, Beat, Ending};
 
 /// How long the runner waits before it looks again whether there is room for a further checkpoint.
 const ROOM_INTERVAL: Nanos = 1_000_000;
+
+/// What a pause is said to have cost the guest: virtual time does not pass in one.
+const PAUSE: Duration = Duration::from_micros(200);
 
 /// What the runner's thread is doing.
 enum Doing {
@@ -73,6 +76,8 @@ pub struct OwnerPart {
     inbox: VecDeque<Told>,
     parts: EpochParts,
     running_epoch: Epoch,
+    /// When the runner's thread wakes next; what was planned before is void.
+    runner_at: Option<Nanos>,
 }
 
 impl OwnerPart {
@@ -100,6 +105,7 @@ impl OwnerPart {
             inbox: VecDeque::new(),
             parts,
             running_epoch: last.next(),
+            runner_at: None,
         }
     }
 
@@ -207,6 +213,7 @@ impl OwnerPart {
                     match &event {
                         StreamEvent::Committed(epoch) => {
                             *acked = *epoch;
+                            gate.bell().committed(epoch.0);
                             covers = gate.covers_released(*epoch);
                         }
                         StreamEvent::Accepted(_, told) => *standing = told.clone(),
@@ -220,7 +227,10 @@ impl OwnerPart {
                 }
                 base.rouse(env);
                 match handled {
-                    Ok(()) => self.transmit(env),
+                    Ok(()) => {
+                        self.transmit(env);
+                        self.heed_bell(base, env);
+                    }
                     Err(_) => {
                         env.ghost.seen.refusals += 1;
                         self.close_link(LinkLoss::Local, base, env);
@@ -285,6 +295,7 @@ impl OwnerPart {
         base.set_clock(env.now);
         self.machine.receive(frame);
         base.flush(env);
+        self.heed_bell(base, env);
     }
 
     /// The guest's own work.
@@ -294,6 +305,7 @@ impl OwnerPart {
             let (pages, speaks) = (env.dirty_pages(), env.rng.range(0, 4) == 0);
             self.machine.work(pages, speaks);
             base.flush(env);
+            self.heed_bell(base, env);
         }
         let next = env.guest_interval();
         env.at(env.now + next, Event::Guest(base.who));
@@ -317,13 +329,14 @@ impl OwnerPart {
             Doing::Copying { session, .. } | Doing::Epochs { session, .. } => Some(*session),
             Doing::Nothing | Doing::Stopped | Doing::HandedOver => None,
         };
-        if current != Some(session) {
+        if current != Some(session) || self.runner_at.is_none_or(|at| at > env.now) {
             return;
         }
+        self.runner_at = None;
         base.set_clock(env.now);
         match &self.doing {
             Doing::Copying { .. } => self.copy_piece(base, env),
-            _ => self.end_epoch(Afterwards::RunsOn, base, env),
+            _ => self.look(base, env),
         }
         base.flush(env);
     }
@@ -333,8 +346,43 @@ impl OwnerPart {
         Some(link.stream.in_flight() < EPOCHS_IN_FLIGHT)
     }
 
-    fn wait_for_room(&self, session: Session, base: &Base, env: &mut Env) {
-        env.at(env.now + ROOM_INTERVAL, Event::Runner(base.who, session));
+    /// The runner's thread wakes at `at`, if nothing wakes it before.
+    fn wake_runner(&mut self, at: Nanos, session: Session, base: &Base, env: &mut Env) {
+        if self.runner_at.is_none_or(|planned| at < planned || planned < env.now) {
+            self.runner_at = Some(at.max(env.now));
+            env.at(at, Event::Runner(base.who, session));
+        }
+    }
+
+    /// The gate or the link rang: the runner's thread looks soon.
+    fn heed_bell(&mut self, base: &Base, env: &mut Env) {
+        if let Doing::Epochs { session, .. } = &self.doing
+            && base.gate.bell().heard().try_recv().is_ok()
+        {
+            let (session, at) = (*session, env.now + env.rng.range(5_000, 200_000));
+            self.wake_runner(at, session, base, env);
+        }
+    }
+
+    /// The runner's thread asks the pacer.
+    fn look(&mut self, base: &mut Base, env: &mut Env) {
+        let Doing::Epochs { session, pacer } = &mut self.doing else { return };
+        let session = *session;
+        let now = base.local(env.now);
+        let bell = base.gate.bell();
+        pacer.committed(Epoch(bell.last_committed()), now);
+        let look = Look { now, waiting_since: bell.waits_since(), ran: Some(self.machine.ran()), asked: false };
+        match pacer.look(&look) {
+            Next::End => self.end_epoch(Afterwards::RunsOn, base, env),
+            Next::Look(at) => {
+                let at = base.world_time(at) + env.rng.range(0, 200_000);
+                self.wake_runner(at.max(env.now + 1_000), session, base, env);
+            }
+        }
+    }
+
+    fn wait_for_room(&mut self, session: Session, base: &Base, env: &mut Env) {
+        self.wake_runner(env.now + ROOM_INTERVAL, session, base, env);
     }
 
     fn copy_piece(&mut self, base: &mut Base, env: &mut Env) {
@@ -356,7 +404,7 @@ impl OwnerPart {
                     let Some(link) = &mut self.link else { return };
                     let sent = link.stream.end(checkpoint);
                     self.running_epoch = first.next();
-                    let pacer = Pacer::fixed(base.interval, base.local(env.now));
+                    let pacer = Pacer::new(base.pace, EPOCHS_IN_FLIGHT, first, base.local(env.now));
                     self.doing = Doing::Epochs { session, pacer };
                     sent
                 }
@@ -370,15 +418,16 @@ impl OwnerPart {
         self.schedule(base, env);
     }
 
-    fn schedule(&self, base: &Base, env: &mut Env) {
+    fn schedule(&mut self, base: &Base, env: &mut Env) {
         match &self.doing {
             Doing::Copying { session, .. } => {
-                let at = env.now + env.rng.range(100_000, 2_000_000);
-                env.at(at, Event::Runner(base.who, *session));
+                let (session, at) = (*session, env.now + env.rng.range(100_000, 2_000_000));
+                self.wake_runner(at, session, base, env);
             }
-            Doing::Epochs { session, pacer } => {
-                let late = env.rng.range(0, 200_000);
-                env.at(base.world_time(pacer.deadline()) + late, Event::Runner(base.who, *session));
+            // It asks the pacer as soon as it can.
+            Doing::Epochs { session, .. } => {
+                let (session, at) = (*session, env.now + env.rng.range(1_000, 20_000));
+                self.wake_runner(at, session, base, env);
             }
             Doing::Nothing | Doing::Stopped | Doing::HandedOver => {}
         }
@@ -400,7 +449,10 @@ impl OwnerPart {
         let session = *session;
         match self.has_room() {
             None => return self.fail(base, env),
-            Some(false) if afterwards == Afterwards::RunsOn => return self.wait_for_room(session, base, env),
+            Some(false) if afterwards == Afterwards::RunsOn => {
+                env.ghost.broken("G7", "the pacer ends an epoch without room for its checkpoint".into());
+                return self.wait_for_room(session, base, env);
+            }
             Some(_) => {}
         }
         if self.stopped {
@@ -408,6 +460,7 @@ impl OwnerPart {
             self.doing = Doing::Stopped;
             return;
         }
+        let waited_since = base.gate.bell().waits_since();
         let epoch = self.last.next();
         self.last = epoch;
         self.running_epoch = epoch.next();
@@ -424,7 +477,8 @@ impl OwnerPart {
             return base.rouse(env);
         }
         if let Doing::Epochs { pacer, .. } = &mut self.doing {
-            pacer.ended(base.local(env.now));
+            let (now, ran) = (base.local(env.now), Some(self.machine.ran()));
+            pacer.ended(&Taken { epoch, began: now, pause: PAUSE, waited_since, ran }, now);
         }
         self.schedule(base, env);
     }
@@ -534,7 +588,10 @@ impl OwnerPart {
             Err(action) => action,
         };
         match action {
-            Action::HoldOutput => base.gate.hold(),
+            Action::HoldOutput => {
+                base.gate.hold();
+                self.heed_bell(base, env);
+            }
             Action::OpenOutput => base.gate.open(),
             Action::TrustAcks { backup: _ } => base.gate.release_on_commit(),
             Action::PauseGuest => {

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
+use failover::config::EpochPace;
 use failover::arbiter::NodeRef;
 use failover::decide::{Action, CoreConfig, Input, StateName};
 use failover::exit::ExitCode;
@@ -50,8 +51,8 @@ pub struct Base {
     pub metrics: Arc<Metrics>,
     /// What heartbeats say.
     pub voice: Voice,
-    /// Length of an epoch.
-    pub interval: Duration,
+    /// When epochs end.
+    pub pace: EpochPace,
     /// Pause between attempts to connect.
     pub retry: Duration,
     /// Heartbeat interval.
@@ -101,8 +102,8 @@ impl WayOut for Exit {
 pub struct Settings {
     /// The decision core's part; each life has its own incarnation and generation in it.
     pub core: CoreConfig,
-    /// Length of an epoch.
-    pub interval: Duration,
+    /// When epochs end.
+    pub pace: EpochPace,
     /// Heartbeat interval.
     pub heartbeat: Duration,
     /// See [`Base::skew`].
@@ -114,7 +115,7 @@ pub struct Settings {
 impl Base {
     /// A process that was just started.
     pub fn new(who: Who, settings: Settings, board: &StatusBoard, now: Nanos) -> Self {
-        let Settings { core, interval, heartbeat, skew, jitter } = settings;
+        let Settings { core, pace, heartbeat, skew, jitter } = settings;
         let nanos = Arc::new(AtomicU64::new(0));
         let clock = Clock::simulated(Arc::clone(&nanos));
         let metrics = Arc::new(Metrics::new(board.clone()));
@@ -131,7 +132,7 @@ impl Base {
             arena: Arena::new(64 << 20),
             metrics,
             voice: Voice::default(),
-            interval,
+            pace,
             retry,
             heartbeat,
             skew,
