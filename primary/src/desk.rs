@@ -50,7 +50,12 @@ pub struct Scene<'a> {
     pub gate: &'a Gate,
     /// What is measured.
     pub metrics: &'a Metrics,
+    /// What went wrong with disks, for people.
+    pub disks: Vec<String>,
 }
+
+/// How a warning about a disk begins.
+const DISK_WARNING: &str = "trouble with a disk: ";
 
 impl Desk {
     /// Opens the control socket and the health endpoint that `node` names.
@@ -151,6 +156,8 @@ impl Desk {
             status.output.dropped_frames_total = counters.dropped_late + counters.dropped_full + counters.discarded;
             scene.metrics.fill(&mut status.counters);
             scene.metrics.fill_resync(status);
+            status.warnings.retain(|warning| !warning.starts_with(DISK_WARNING));
+            status.warnings.extend(scene.disks.iter().map(|trouble| format!("{DISK_WARNING}{trouble}")));
         });
     }
 
