@@ -479,6 +479,8 @@ impl Server {
         }
         self.intake.end(end);
         if let Some((_, disks)) = &mut self.keepers {
+            // The primary may be dead: what a takeover would have to wait for begins now.
+            disks.hurry();
             disks.tell_standing();
         }
         // The last word, if there is one, goes out as far as the socket takes it.

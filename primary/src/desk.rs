@@ -50,7 +50,12 @@ pub struct Scene<'a> {
     pub gate: &'a Gate,
     /// What is measured.
     pub metrics: &'a Metrics,
+    /// What went wrong with disks, for people.
+    pub disks: Vec<String>,
 }
+
+/// How a warning about a disk begins.
+const DISK_WARNING: &str = "trouble with a disk: ";
 
 impl Desk {
     /// Opens the control socket and the health endpoint that `node` names.
@@ -152,6 +157,8 @@ impl Desk {
             scene.metrics.fill(&mut status.counters);
             scene.metrics.fill_resync(status);
             scene.metrics.fill_pacing(status);
+            status.warnings.retain(|warning| !warning.starts_with(DISK_WARNING));
+            status.warnings.extend(scene.disks.iter().map(|trouble| format!("{DISK_WARNING}{trouble}")));
         });
     }
 

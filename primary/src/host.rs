@@ -318,6 +318,7 @@ impl Host {
             arbiter: &self.arbiter.describe(),
             gate: &self.gate,
             metrics: &self.metrics,
+            disks: self.disks.owner.alarm().warnings(),
         };
         self.desk.show(&view, &scene);
     }

@@ -64,6 +64,13 @@ impl DiskKeeper {
         }
     }
 
+    /// The peer is silent, or its connection is gone: what is committed goes on its way into the images now, while others decide who runs the guest.
+    pub fn hurry(&self) {
+        if let Some(sink) = &self.sink {
+            sink.hurry();
+        }
+    }
+
     /// A base begins: the images may become a mixture until it is committed.
     pub fn begin_base(&self) {
         if let Some(sink) = &self.sink {
@@ -85,7 +92,7 @@ impl DiskKeeper {
         sink.look(move |images| {
             link.tell(match compare(images, &ask) {
                 Ok(answer) => News::Compared(question, answer),
-                Err(error) => News::DiskFailed { why: format!("an image cannot be read: {error}"), lost: false },
+                Err(error) => News::DiskFailed { why: unreadable(&error), lost: false },
             });
         });
     }
@@ -110,7 +117,7 @@ impl DiskKeeper {
         let link = self.link.clone();
         sink.look_whole(move |images| match hashes_here(images, &hashes) {
             Ok(ours) => link.tell(News::Verified(epoch, verify::compare(&hashes, &ours))),
-            Err(error) => log::warn!("an image cannot be compared: {error}"),
+            Err(error) => link.tell(News::DiskFailed { why: unreadable(&error), lost: false }),
         });
     }
 
@@ -135,6 +142,10 @@ impl DiskKeeper {
         let Self { sink, link: _ } = self;
         sink.map(|sink| Arc::into_inner(sink).expect("the link's thread has ended").finish()).transpose()
     }
+}
+
+fn unreadable(error: &io::Error) -> String {
+    format!("an image cannot be read: {error}")
 }
 
 fn hashes_here(images: &[Arc<dyn Disk>], hashes: &PieceHashes) -> io::Result<PieceHashes> {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use primary::disk::recover::Recoverable;
-use primary::disk::{BlockSet, DirtyMap, DiskChange, DiskChanges, Epoch, Journal, Point};
+use primary::disk::{DirtyMap, DiskChange, DiskChanges, Epoch, Journal, Point};
 use vmm::disk::Disk;
 
 use super::worker::{Retire, SinkError, Worker};
@@ -43,7 +43,6 @@ type Look = Box<dyn FnOnce(&[Arc<dyn Disk>]) + Send>;
 
 enum Command {
     Hollow,
-    Raise(u8, BlockSet),
     Put(DiskChange),
     Based(Point),
     Commit(Point, DiskChanges),
@@ -106,11 +105,6 @@ impl DiskSink {
         self.send(Command::Hollow);
     }
 
-    /// While hollow: these blocks are going to be changed ([`Worker::raise`]).
-    pub fn raise(&self, disk: u8, blocks: BlockSet) {
-        self.send(Command::Raise(disk, blocks));
-    }
-
     /// While hollow: a change ([`Worker::put`]).
     pub fn put(&self, change: DiskChange) {
         self.send(Command::Put(change));
@@ -128,7 +122,10 @@ impl DiskSink {
 
     /// The peer is silent ([`Worker::hurry`]).
     pub fn hurry(&self) {
-        self.send(Command::Hurry);
+        if let Some(tell) = &self.tell {
+            // It never waits: who calls decides who runs. A thread with so much to do has no leisure.
+            tell.try_send(Command::Hurry).ok();
+        }
     }
 
     /// Looks at the images as they are, after everything that was said before is carried out, but for what the flow orders later.
@@ -247,7 +244,6 @@ impl<T: FnMut(SinkEvent)> Turn<T> {
             // The answer to everything until then was a failure.
             Command::Commit(_, changes) if self.failed => self.progress(changes.weight()),
             _ if self.failed => {}
-            Command::Raise(disk, blocks) => self.worker.raise(disk, &blocks)?,
             Command::Put(change) => self.worker.put(&change)?,
             Command::Based(point) => {
                 self.worker.based(point)?;

@@ -7,9 +7,7 @@ use std::time::Duration;
 
 use primary::disk::blocks::{blocks_of, touched_by};
 use primary::disk::recover::{Recoverable, apply};
-use primary::disk::{
-    BlockSet, DiskChange, DiskChanges, DiskContent, Epoch, Generation, Journal, JournalError, Point, Record,
-};
+use primary::disk::{DiskChange, DiskChanges, DiskContent, Epoch, Generation, Journal, JournalError, Point, Record};
 use vmm::disk::{ByteRange, Disk};
 
 use super::flow::{Flow, Order};
@@ -178,21 +176,6 @@ impl Worker {
         Ok(())
     }
 
-    /// While hollow: these blocks of a disk are going to be changed. On stable storage when it returns; doing it for all blocks at once saves a
-    /// sync for each change.
-    ///
-    /// # Errors
-    /// The host's.
-    ///
-    /// # Panics
-    /// When the images are exact.
-    pub fn raise(&mut self, number: u8, blocks: &BlockSet) -> Result<(), SinkError> {
-        assert!(self.standing == Standing::Hollow, "an exact image is changed through the journal only");
-        let disk = self.disks.get(usize::from(number));
-        let disk = disk.ok_or_else(|| failed(number.into(), "there is none", io::ErrorKind::InvalidData.into()))?;
-        disk.map.raise(blocks).map_err(|source| failed(number.into(), "its map cannot be written", source))
-    }
-
     /// While hollow: a change goes straight into an image, behind the bits of its blocks.
     ///
     /// # Errors
@@ -222,7 +205,7 @@ impl Worker {
                 blocks.start -= blocks.start % RAISED_AT_ONCE;
                 blocks.end = blocks.end.next_multiple_of(RAISED_AT_ONCE).min(blocks_of(disk.image.bytes()));
             }
-            disk.map.raise_range(blocks).map_err(|source| failed(number, "its map cannot be written", source))?;
+            disk.map.raise(blocks).map_err(|source| failed(number, "its map cannot be written", source))?;
         }
         apply(&self.images, change).map_err(|source| failed(number, "its image cannot be written", source))
     }

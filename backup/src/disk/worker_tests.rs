@@ -226,17 +226,12 @@ impl World {
         }
     }
 
-    /// A synchronisation: some blocks are raised at once, others with their changes; then the base.
+    /// A synchronisation: some changes, then the base.
     fn synchronise(&mut self, worker: &mut Worker) -> Result<(), Over> {
         self.exact = None;
-        let (mut told, mut durable) = (self.dice.one_in(2), self.dice.one_in(8));
+        let mut durable = self.dice.one_in(8);
         for _ in 0..self.dice.below(5) {
             let (disk, sector, value) = (self.dice.index(DISKS), self.dice.index(SECTORS), self.value());
-            if std::mem::take(&mut told) {
-                let mut blocks = BlockSet::none(BLOCKS);
-                blocks.insert(offset(sector) / BLOCK_BYTES);
-                worker.raise(u8::try_from(disk).unwrap(), &blocks)?;
-            }
             worker.put(&write_to(disk, sector, value))?;
             self.now[disk][sector] = value;
         }

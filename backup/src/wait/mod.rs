@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use crossbeam::channel::{Receiver, Sender, select, unbounded};
 use failover::RunPermit;
-use failover::decide::{Action, Input};
+use failover::decide::{Action, Input, StateName};
 use failover::exit::ExitCode;
 use primary::dial::dial_heartbeat;
 use primary::disk::set::Waiting as WaitingDisks;
@@ -80,6 +80,8 @@ pub struct Waiter {
     course: Course,
     /// When the owner said that it hands the guest over, and for how long that had been standing still by then.
     still: Option<(Instant, Duration)>,
+    /// The right to run is being asked for.
+    contends: bool,
     events: Receiver<WaitEvent>,
     tell: Sender<WaitEvent>,
 }
@@ -132,7 +134,17 @@ impl Waiter {
         let taps = SilentTaps::listen(ports).map_err(failed("the silent taps"))?;
         let link = thread.handle();
         let waiting = Waiting { link: thread, applier: applier_thread, disks, standby, taps };
-        Ok(Self { host, waiting, link, pulses: Vec::new(), course: Course::default(), still: None, events, tell })
+        Ok(Self {
+            host,
+            waiting,
+            link,
+            pulses: Vec::new(),
+            course: Course::default(),
+            still: None,
+            contends: false,
+            events,
+            tell,
+        })
     }
 
     /// Waits until this side runs the guest, and then runs it; until the decision core says that the process ends.
@@ -179,6 +191,11 @@ impl Waiter {
             }
         }
         let end = end.or_else(|| self.on_time());
+        let contends = self.host.decider.state() == StateName::TakingOver;
+        if contends && !std::mem::replace(&mut self.contends, contends) {
+            self.waiting.disks.hurry();
+        }
+        self.contends = contends;
         if end.is_none() {
             // Of a side that is about to run, the activation closes the link.
             self.link.raise_generation(self.host.identity().generation);
@@ -229,8 +246,12 @@ impl Waiter {
     fn note_link(&mut self, event: &IntakeEvent) {
         match event {
             IntakeEvent::Opened(_) => self.host.note_link("up"),
+            IntakeEvent::Spoilt(why) => self.host.disks.owner.alarm().note(why.clone()),
             IntakeEvent::Closed(end) => {
                 self.host.note_link(&end.to_string());
+                if let LinkEnd::Disk(why) = end {
+                    self.host.disks.owner.alarm().note(why.clone());
+                }
                 if let LinkEnd::Protocol(error) = end {
                     self.host.desk.protocol_error(error.code());
                 }

@@ -193,6 +193,13 @@ impl Book {
         (std::mem::take(&mut self.stale), self.unsure.clone())
     }
 
+    /// Something was not, or perhaps not, written or synced: the sectors of a round, and all whose bits are not sure, are to be written again. A sync that succeeds
+    /// later says nothing of what was written before it failed.
+    pub fn round_failed(&mut self, sectors: BTreeSet<u64>) {
+        self.stale.extend(sectors);
+        self.stale.extend(self.unsure.iter().map(|block| block / BLOCKS_PER_SECTOR));
+    }
+
     /// A round is on stable storage.
     pub fn round_done(&mut self, sure: &BTreeSet<u64>) {
         for block in sure {

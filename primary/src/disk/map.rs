@@ -7,6 +7,10 @@
 //!   comes first, because the guest's changes wait in the page cache until somebody syncs them, and a block without a bit is never sent again;
 //! * clearing need not be durable: a bit too many costs a comparison, no more.
 //!
+//! **A file that fails** refuses changes of blocks without a sure bit for as long as it fails, and no longer. Bits that were on stable storage stay there, for a sector
+//! is only ever written with them; what was not is written again as a whole, which makes a later sync a statement about it. Of a header both slots' content is sound
+//! (see [`DirtyMap::tidy`]), and it is written again before anything changes.
+//!
 //! The file: two header slots, written in turn, each whole or recognisably not ([`super::header`]); then one bit for each 64 KiB.
 
 use std::collections::BTreeSet;
@@ -67,8 +71,10 @@ struct State {
     header: Header,
     /// Somebody writes to the file, without holding the lock.
     writing: bool,
-    /// The file failed: nothing is known of what is on stable storage, so no bit is believed to be set or may go.
-    broken: Option<String>,
+    /// A header was written and that failed: the file may hold it, or the one before. Written anew before anything else changes.
+    unsettled: bool,
+    /// Another process has opened the file: nothing is written any more.
+    taken: bool,
     /// The image failed to be synced: what the host dropped nobody knows, and a sync that succeeds later proves nothing.
     distrusted: bool,
 }
@@ -77,8 +83,8 @@ fn io_error(what: &'static str) -> impl Fn(io::Error) -> MapError {
     move |source| MapError::Io { what, source }
 }
 
-fn broken(why: &str) -> io::Error {
-    io::Error::other(format!("the dirty map failed before: {why}"))
+fn taken() -> io::Error {
+    io::Error::other("another process has opened the disk's map: its image is shared")
 }
 
 /// Bytes of the file of a disk of `bytes`.
@@ -102,13 +108,14 @@ impl DirtyMap {
         let (header, bits) = match found {
             Some(found) => {
                 let bits = read_bits(&*storage, identity.bytes)?;
+                rewrite(&*storage, &found, &bits).map_err(io_error("the map cannot be written"))?;
                 (Header { opened_by: me, sequence: found.sequence + 1, ..*found }, bits)
             }
             None => (create(&*storage, identity, me)?, BlockSet::none(blocks_of(image.bytes()))),
         };
         write_header(&*storage, &header).map_err(io_error("the map's header cannot be written"))?;
         let book = Book::new(bits, header.base);
-        let state = State { book, header, writing: false, broken: None, distrusted: false };
+        let state = State { book, header, writing: false, unsettled: false, taken: false, distrusted: false };
         Ok(Self { storage, image, state: Mutex::new(state), turned: Condvar::new() })
     }
 
@@ -138,59 +145,29 @@ impl DirtyMap {
     /// The host's; the range must not be changed then.
     pub fn mark(&self, range: ByteRange) -> io::Result<()> {
         let blocks = touched_by(range);
-        if !self.has_run() {
-            // From here on the bits are what a guest changed: said first.
-            self.change_header(|last| Header { ran: true, ..last.clone() }, |_| ())?;
-        }
+        // From here on the bits are what a guest changed: said first.
+        self.settle_header(true)?;
         let mut state = self.lock();
-        if let Some(why) = &state.broken {
-            return Err(broken(why));
-        }
         state.book.announce(blocks.clone());
         self.settle(state, |book| book.is_sure(blocks.clone()))
     }
 
     /// Notes that a range changes now, in an epoch whose changes are logged (or in none). To be called before the change begins, by
-    /// somebody during whose work no epoch ends. Sets bits, as [`Self::mark`] does, if that was not done or is long ago.
-    ///
-    /// # Errors
-    /// As [`Self::mark`].
-    pub fn touched(&self, range: ByteRange, epoch: Option<Epoch>) -> io::Result<()> {
-        loop {
-            let mut state = self.lock();
-            if let Some(why) = &state.broken {
-                return Err(broken(why));
-            }
-            if state.book.touch(touched_by(range), epoch) {
-                return Ok(());
-            }
-            drop(state);
-            self.mark(range)?;
-        }
+    /// somebody during whose work no epoch ends. Never waits for the file: false, and nothing is noted, when not all bits of the range are on stable storage, because
+    /// it was never marked, or long ago. It has to be marked anew then.
+    #[must_use]
+    pub fn touch(&self, range: ByteRange, epoch: Option<Epoch>) -> bool {
+        let mut state = self.lock();
+        !state.taken && state.book.touch(touched_by(range), epoch)
     }
 
     /// These blocks may differ from the base, too: on stable storage when it returns.
     ///
     /// # Errors
     /// As [`Self::mark`].
-    pub fn raise(&self, blocks: &BlockSet) -> io::Result<()> {
+    pub fn raise(&self, blocks: Range<u64>) -> io::Result<()> {
+        self.settle_header(false)?;
         let mut state = self.lock();
-        if let Some(why) = &state.broken {
-            return Err(broken(why));
-        }
-        state.book.raise(blocks.iter());
-        self.settle(state, |book| blocks.ranges().all(|range| book.is_sure(range)))
-    }
-
-    /// As [`Self::raise`], for one range of blocks.
-    ///
-    /// # Errors
-    /// As [`Self::mark`].
-    pub fn raise_range(&self, blocks: Range<u64>) -> io::Result<()> {
-        let mut state = self.lock();
-        if let Some(why) = &state.broken {
-            return Err(broken(why));
-        }
         state.book.raise(blocks.clone());
         self.settle(state, |book| book.is_sure(blocks.clone()))
     }
@@ -209,14 +186,14 @@ impl DirtyMap {
     /// acknowledgement.
     pub fn durable(&self, point: Point) -> bool {
         let mut state = self.lock();
-        state.broken.is_none() && !state.distrusted && state.book.is_due(point)
+        !state.taken && !state.distrusted && state.book.is_due(point)
     }
 
     /// Moves the base to `point`, which the other side holds on stable storage, and clears bits. Syncs the image: not on a thread that
-    /// must not wait.
+    /// must not wait. When it fails the file holds the old header or the new one, and M holds with either: the image is synced, and all bits still stand.
     ///
     /// # Errors
-    /// The host's; no bit has gone then, and none goes any more.
+    /// The host's; no bit has gone then.
     pub fn tidy(&self, point: Point) -> io::Result<()> {
         self.sync_image()?;
         self.change_base(Some(point), |book| book.base_moved(point))
@@ -245,7 +222,7 @@ impl DirtyMap {
     /// The host's.
     pub fn distrust(&self) -> io::Result<()> {
         self.lock().distrusted = true;
-        self.set_base(None)
+        self.settle_header(false)
     }
 
     /// Whether nobody else has opened the file since: two processes that use one image would destroy it.
@@ -257,7 +234,7 @@ impl DirtyMap {
         state.writing = true;
         let header = state.header.clone();
         drop(state);
-        let ours = is_newest(&*self.storage, &header);
+        let ours = is_ours(&*self.storage, &header);
         self.lock().writing = false;
         self.turned.notify_all();
         ours
@@ -277,8 +254,26 @@ impl DirtyMap {
             return Err(io::Error::other("the image could not be synced before"));
         }
         self.image.flush().inspect_err(|_| {
-            // Its own failure, if there is one, leaves the map broken.
+            // When even that fails, it is said before the next change of a block.
             self.distrust().ok();
+        })
+    }
+
+    /// What the header has to say before a block changes (`runs`: by a guest).
+    fn settle_header(&self, runs: bool) -> io::Result<()> {
+        let state = self.lock();
+        let distrusted = state.distrusted;
+        let owes = state.unsettled || runs && !state.header.ran || distrusted && state.header.base.is_some();
+        drop(state);
+        if !owes {
+            return Ok(());
+        }
+        let base = |last: &Header| last.base.filter(|_| !distrusted);
+        let said = |last: &Header| Header { ran: last.ran || runs, base: base(last), ..last.clone() };
+        self.change_header(said, |book| {
+            if distrusted {
+                book.base_set(None)
+            }
         })
     }
 
@@ -286,22 +281,22 @@ impl DirtyMap {
     fn settle<'a>(&'a self, mut state: MutexGuard<'a, State>, done: impl Fn(&Book) -> bool) -> io::Result<()> {
         loop {
             state = self.exclusive(state);
-            if let Some(why) = &state.broken {
-                return Err(broken(why));
+            if state.taken {
+                return Err(taken());
             }
             if done(&state.book) {
                 return Ok(());
             }
             let (sectors, sure) = state.book.take_round();
-            let pieces = self.pieces(&state.book, &sectors);
+            let pieces = pieces(state.book.bits(), &sectors);
             state.writing = true;
             drop(state);
-            let written = self.write_pieces(&pieces).and_then(|()| self.storage.sync());
+            let written = write_pieces(&*self.storage, &pieces).and_then(|()| self.storage.sync());
             state = self.lock();
             state.writing = false;
             self.turned.notify_all();
             if let Err(error) = written {
-                state.broken = Some(error.to_string());
+                state.book.round_failed(sectors);
                 return Err(error);
             }
             state.book.round_done(&sure);
@@ -314,57 +309,78 @@ impl DirtyMap {
 
     fn change_header(&self, change: impl FnOnce(&Header) -> Header, moved: impl FnOnce(&mut Book)) -> io::Result<()> {
         let mut state = self.exclusive(self.lock());
-        if let Some(why) = &state.broken {
-            return Err(broken(why));
+        if state.taken {
+            return Err(taken());
         }
         let last = state.header.clone();
+        // The same number as at an attempt that failed: the other slot, which holds what is sure, stays.
         let next = Header { sequence: last.sequence + 1, ..change(&last) };
         state.writing = true;
         drop(state);
         let written = self.write_next(&last, &next);
         let mut state = self.lock();
-        let result = written.and_then(|()| {
-            state.header = next;
-            moved(&mut state.book);
-            // Bits that went: written now, on stable storage whenever it suits.
-            let (sectors, _) = state.book.take_round();
-            self.pieces(&state.book, &sectors).iter().try_for_each(|(at, bytes)| self.storage.write_at(*at, bytes))
-        });
-        if let Err(error) = &result {
-            state.broken = Some(error.to_string());
-        }
         state.writing = false;
         self.turned.notify_all();
-        result
-    }
-
-    fn write_next(&self, last: &Header, next: &Header) -> io::Result<()> {
-        if !is_newest(&*self.storage, last)? {
-            return Err(io::Error::other("another process has opened the disk's map: its image is shared"));
-        }
-        write_header(&*self.storage, next)
-    }
-
-    /// Where to write what.
-    fn pieces(&self, book: &Book, sectors: &BTreeSet<u64>) -> Vec<(u64, Vec<u8>)> {
-        let mut pieces: Vec<(u64, Vec<u8>)> = Vec::new();
-        for sector in sectors {
-            let at = BITS_AT + sector * 512;
-            let mut bytes = [0; SECTOR];
-            book.bits().bits(sector * BLOCKS_PER_SECTOR, &mut bytes);
-            match pieces.last_mut() {
-                Some((start, run)) if u64::try_from(run.len()).is_ok_and(|len| *start + len == at) => {
-                    run.extend_from_slice(&bytes);
-                }
-                _ => pieces.push((at, bytes.to_vec())),
+        match written {
+            Ok(true) => {
+                (state.header, state.unsettled) = (next, false);
+                moved(&mut state.book);
+            }
+            Ok(false) => {
+                state.taken = true;
+                return Err(taken());
+            }
+            Err(error) => {
+                state.unsettled = true;
+                state.book.round_failed(BTreeSet::new());
+                return Err(error);
             }
         }
-        pieces
+        // Bits that went: written now, on stable storage whenever it suits.
+        let (sectors, _) = state.book.take_round();
+        if write_pieces(&*self.storage, &pieces(state.book.bits(), &sectors)).is_err() {
+            // Too many bits are no harm.
+            state.book.round_failed(sectors);
+        }
+        Ok(())
     }
 
-    fn write_pieces(&self, pieces: &[(u64, Vec<u8>)]) -> io::Result<()> {
-        pieces.iter().try_for_each(|(at, bytes)| self.storage.write_at(*at, bytes))
+    /// False when another process has opened the file.
+    fn write_next(&self, last: &Header, next: &Header) -> io::Result<bool> {
+        let ours = is_ours(&*self.storage, last)?;
+        if ours {
+            write_header(&*self.storage, next)?;
+        }
+        Ok(ours)
     }
+}
+
+/// Where to write what of the bits.
+fn pieces(bits: &BlockSet, sectors: &BTreeSet<u64>) -> Vec<(u64, Vec<u8>)> {
+    let mut pieces: Vec<(u64, Vec<u8>)> = Vec::new();
+    for sector in sectors {
+        let at = BITS_AT + sector * 512;
+        let mut bytes = [0; SECTOR];
+        bits.bits(sector * BLOCKS_PER_SECTOR, &mut bytes);
+        match pieces.last_mut() {
+            Some((start, run)) if u64::try_from(run.len()).is_ok_and(|len| *start + len == at) => {
+                run.extend_from_slice(&bytes);
+            }
+            _ => pieces.push((at, bytes.to_vec())),
+        }
+    }
+    pieces
+}
+
+fn write_pieces(storage: &dyn Storage, pieces: &[(u64, Vec<u8>)]) -> io::Result<()> {
+    pieces.iter().try_for_each(|(at, bytes)| storage.write_at(*at, bytes))
+}
+
+/// What was read may be what a kernel kept in memory after it had failed to write it, in an earlier life: written again, so that it is on stable storage.
+fn rewrite(storage: &dyn Storage, header: &Header, bits: &BlockSet) -> io::Result<()> {
+    let sectors = bits.iter().map(|block| block / BLOCKS_PER_SECTOR).collect();
+    write_pieces(storage, &pieces(bits, &sectors))?;
+    write_header(storage, header)
 }
 
 fn read_slots(storage: &dyn Storage) -> io::Result<[Slot; 2]> {
@@ -382,8 +398,10 @@ fn newest(slots: [Slot; 2]) -> Option<Box<Header>> {
     whole.max_by_key(|header| header.sequence)
 }
 
-fn is_newest(storage: &dyn Storage, header: &Header) -> io::Result<bool> {
-    Ok(newest(read_slots(storage)?).is_some_and(|newest| *newest == *header))
+/// Whether nobody has opened the file since: it holds this header, or what the same process tried to write after it.
+fn is_ours(storage: &dyn Storage, header: &Header) -> io::Result<bool> {
+    let ours = |newest: &Header| newest.opened_by == header.opened_by && newest.sequence - header.sequence <= 1;
+    Ok(newest(read_slots(storage)?).is_some_and(|newest| newest.sequence >= header.sequence && ours(&newest)))
 }
 
 /// The header of a map, or `None` when the file is empty or was never finished.
@@ -421,6 +439,8 @@ fn create(storage: &dyn Storage, identity: DiskIdentity, me: Incarnation) -> Res
     let header = Header { identity, base: None, ran: false, opened_by: me, sequence: 1 };
     let made = storage
         .set_len(file_bytes(header.identity.bytes))
+        // With its space: that the file system is full must not keep a bit from being set.
+        .and_then(|()| storage.zero(0, file_bytes(header.identity.bytes), false))
         .and_then(|()| storage.sync())
         .and_then(|()| write_header(storage, &header));
     made.map_err(io_error("the map cannot be made"))?;

@@ -76,7 +76,9 @@ pub fn open_storage(path: &Path) -> io::Result<Arc<dyn Storage>> {
     if let Some(directory) = path.parent().filter(|directory| !directory.as_os_str().is_empty()) {
         std::fs::File::open(directory)?.sync_all()?;
     }
-    Ok(losing(Arc::new(FileStorage::new(file)?), path))
+    let storage = FileStorage::new(file)?;
+    storage.forget_cache();
+    Ok(losing(Arc::new(storage), path))
 }
 
 /// Opens an image ([`DiskImage::open`]).

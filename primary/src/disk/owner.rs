@@ -103,7 +103,7 @@ impl OwnerDisks {
         &self.shared.alarm
     }
 
-    /// The first failure of an image since this was asked last: protection ends with it.
+    /// The first failure of an image since this was asked last for which the two sides may differ: protection ends with it.
     pub fn take_failure(&self) -> Option<DiskFailure> {
         self.shared.alarm.take_failure()
     }

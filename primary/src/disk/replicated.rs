@@ -7,13 +7,14 @@
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use bytes::Bytes;
 use vmm::disk::{ByteRange, Disk};
 
 use super::{DirtyMap, DiskChange, DiskContent, DiskLog, MAX_DISK_CHANGE_BYTES, MAX_DISK_ZERO_BYTES};
 
-/// An image failed: the two sides may differ, and protection must end with this as its reason.
+/// A disk of this side failed. If the two sides may differ for it, protection ends with this as its reason.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("disk {disk} ({name}): {what} failed: {cause}")]
 pub struct DiskFailure {
@@ -27,31 +28,55 @@ pub struct DiskFailure {
     pub cause: String,
 }
 
-/// Remembers the first failure of any disk, and tells somebody at once.
+/// Different failures that an operator is told of.
+const WARNINGS_MAX: usize = 8;
+
+/// What went wrong with the disks of this process: what ends protection, and what an operator is told.
 #[derive(Default)]
 pub struct Alarm {
     first: Mutex<Option<DiskFailure>>,
-    listener: Mutex<Option<Listener>>,
+    seen: Mutex<Vec<Seen>>,
 }
 
-type Listener = Box<dyn Fn(&DiskFailure) + Send>;
+/// A failure, in words, and how often it was seen. It stays for the life of the process: a disk that failed once is looked at by a person.
+struct Seen {
+    text: String,
+    times: u64,
+    last: Instant,
+}
 
 impl Alarm {
-    /// Who is told, on the thread of the disk's worker: it must not wait.
-    pub fn listen(&self, listener: impl Fn(&DiskFailure) + Send + 'static) {
-        *self.listener.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(listener));
-    }
-
-    /// The first failure since this was asked last.
+    /// The first failure since this was asked last for which the two sides may differ.
     pub fn take_failure(&self) -> Option<DiskFailure> {
         self.first.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    fn raise(&self, failure: DiskFailure) {
-        log::warn!("{failure}");
-        if let Some(listener) = &*self.listener.lock().unwrap_or_else(PoisonError::into_inner) {
-            listener(&failure);
+    /// An operator is to know of this.
+    pub fn note(&self, text: String) {
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let last = Instant::now();
+        if let Some(known) = seen.iter_mut().find(|known| known.text == text) {
+            (known.times, known.last) = (known.times.saturating_add(1), last);
+            return;
         }
+        log::warn!("{text}");
+        if seen.len() >= WARNINGS_MAX {
+            seen.remove(0);
+        }
+        seen.push(Seen { text, times: 1, last });
+    }
+
+    /// What an operator is to know of, in words, the newest kind last.
+    pub fn warnings(&self) -> Vec<String> {
+        let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let say = |Seen { text, times, last }: &Seen| {
+            format!("{text} ({times} times, last {} s ago)", last.elapsed().as_secs())
+        };
+        seen.iter().map(say).collect()
+    }
+
+    fn raise(&self, failure: DiskFailure) {
+        self.note(failure.to_string());
         self.first.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(failure);
     }
 }
@@ -149,9 +174,47 @@ impl ReplicatedDisk {
         &self.image
     }
 
+    fn failure(&self, what: &'static str, error: &io::Error) -> DiskFailure {
+        DiskFailure { disk: self.number, name: self.name.clone(), what, cause: error.to_string() }
+    }
+
+    /// An error that only the guest has to know of.
+    fn note(&self, what: &'static str, error: &io::Error) {
+        self.alarm.note(self.failure(what, error).to_string());
+    }
+
+    /// An error that makes the two sides differ.
     fn fail(&self, what: &'static str, error: &io::Error) {
-        let (name, cause) = (self.name.clone(), error.to_string());
-        self.alarm.raise(DiskFailure { disk: self.number, name, what, cause });
+        self.alarm.raise(self.failure(what, error));
+    }
+
+    /// A change failed: the range is old, new or a mixture. The guest knows of it; the other side gets what is there now, so that both are equal.
+    fn changed_somehow(&self, range: ByteRange, what: &'static str, error: &io::Error) {
+        let len = usize::try_from(range.len).unwrap_or(usize::MAX);
+        let mut now = vec![0; len];
+        if self.image.read(range.offset, &mut now).is_ok() {
+            self.note(what, error);
+            if self.log.running().is_some() {
+                self.log.append(self.pieces(range.offset, &now));
+            }
+            return;
+        }
+        // Unknown, and in no log: the bits stay until a synchronisation.
+        if !self.map.touch(range, None) {
+            log::error!("disk {} ({}): its map was taken from under it", self.number, self.name);
+        }
+        self.fail(what, error);
+    }
+
+    fn pieces(&self, offset: u64, from: &[u8]) -> Vec<DiskChange> {
+        let whole = Bytes::copy_from_slice(from);
+        let starts = (0..from.len()).step_by(MAX_DISK_CHANGE_BYTES);
+        let changes = starts.map(|at| DiskChange {
+            disk: self.number,
+            offset: offset + u64::try_from(at).unwrap_or(0),
+            content: DiskContent::Bytes(whole.slice(at..from.len().min(at + MAX_DISK_CHANGE_BYTES))),
+        });
+        changes.collect()
     }
 
     /// A change of the image, between its notes in the map and in the log.
@@ -162,11 +225,12 @@ impl ReplicatedDisk {
         change: impl FnOnce() -> io::Result<()>,
         logged: impl FnOnce() -> Vec<DiskChange>,
     ) -> io::Result<()> {
-        self.map.touched(range, self.log.running())?;
+        if !self.map.touch(range, self.log.running()) {
+            // Setting bits waits for the host's disk, and the machine may be about to be stopped.
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
         if let Err(error) = change() {
-            // Old, new or a mixture, and in no log: the bits stay until a synchronisation.
-            self.map.touched(range, None).ok();
-            self.fail(what, &error);
+            self.changed_somehow(range, what, &error);
             return Err(error);
         }
         if self.log.running().is_some() {
@@ -193,7 +257,7 @@ impl Disk for ReplicatedDisk {
     }
 
     fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
-        self.image.read(offset, into)
+        self.image.read(offset, into).inspect_err(|error| self.note("a read", error))
     }
 
     fn announce(&self, range: ByteRange) -> io::Result<()> {
@@ -201,9 +265,9 @@ impl Disk for ReplicatedDisk {
         if range.end() > self.bytes() {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "beyond the end of the disk"));
         }
-        self.first.prepare()?;
+        self.first.prepare().inspect_err(|error| self.note("the first change here", error))?;
         self.log.wait_for_room();
-        self.map.mark(range)
+        self.map.mark(range).inspect_err(|error| self.note("setting a bit of its map", error))
     }
 
     fn write(&self, offset: u64, from: &[u8]) -> io::Result<()> {
@@ -212,17 +276,7 @@ impl Disk for ReplicatedDisk {
         if range.end() > self.bytes() {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "beyond the end of the disk"));
         }
-        let logged = || {
-            let whole = Bytes::copy_from_slice(from);
-            let pieces = (0..from.len()).step_by(MAX_DISK_CHANGE_BYTES);
-            let changes = pieces.map(|at| DiskChange {
-                disk: self.number,
-                offset: offset + u64::try_from(at).unwrap_or(0),
-                content: DiskContent::Bytes(whole.slice(at..from.len().min(at + MAX_DISK_CHANGE_BYTES))),
-            });
-            changes.collect()
-        };
-        self.change(range, "a write", || self.image.write(offset, from), logged)
+        self.change(range, "a write", || self.image.write(offset, from), || self.pieces(offset, from))
     }
 
     fn write_zeroes(&self, range: ByteRange, may_unmap: bool) -> io::Result<()> {
@@ -249,9 +303,10 @@ impl Disk for ReplicatedDisk {
     fn flush(&self) -> io::Result<()> {
         self.first.prepare()?;
         if let Err(error) = self.image.flush() {
-            // What the host dropped nobody knows: not even blocks without a bit hold what they should.
+            // What the host dropped nobody knows: not even blocks without a bit hold what they should. If the map cannot say so it does before the next change.
             self.map.distrust().ok();
-            self.fail("a flush", &error);
+            // What is read from the image is still what the other side has, and there it is on stable storage: no reason to give that up.
+            self.note("a flush", &error);
             return Err(error);
         }
         self.log.mark_flushed();

@@ -2,7 +2,6 @@
 
 use std::path::Path;
 use std::sync::atomic::AtomicUsize;
-use std::sync::mpsc;
 
 use replication_proto::{Incarnation, VmId};
 use vmm::disk::{DiskImage, Storage};
@@ -10,7 +9,7 @@ use vmm::disk::{DiskImage, Storage};
 use super::*;
 use crate::disk::owner::{DiskParts, OwnerDisks};
 use crate::disk::testing::{Fault, LossyStorage, Power};
-use crate::disk::{BLOCK_BYTES, DiskIdentity, Epoch, Generation, Point};
+use crate::disk::{BLOCK_BYTES, DiskChanges, DiskIdentity, Epoch, Generation, Point};
 
 const BYTES: u64 = 16 * BLOCK_BYTES;
 
@@ -108,18 +107,37 @@ fn what_is_outside_or_read_only_is_an_error_and_leaves_no_bit() {
 }
 
 #[test]
-fn a_failed_change_is_told_and_its_bits_stay() {
+fn what_a_failed_change_left_goes_to_the_other_side() {
     let rig = rig(1 << 20, FirstChange::nothing(), false);
-    let (tell, told) = mpsc::channel();
-    rig.owner.alarm().listen(move |failure| tell.send(failure.clone()).unwrap());
+    rig.put(512, &[7; 512]).unwrap();
+    rig.owner.begin_log(Epoch(2));
+    rig.disk.set_fault(Some(Fault::Full));
+    for _ in 0..2 {
+        assert_eq!(rig.put(0, &[1; 1024]).unwrap_err().raw_os_error(), Some(28), "the guest gets it");
+    }
+    rig.disk.set_fault(None);
+    let left = DiskContent::Bytes([[0; 512], [7; 512]].concat().into());
+    let changes = vec![DiskChange { disk: 0, offset: 0, content: left }; 2];
+    assert_eq!(rig.owner.seal(Epoch(2)), DiskChanges { changes, flushed: true });
+    assert_eq!(rig.owner.take_failure(), None, "the two sides are equal");
+    let [warning] = rig.owner.alarm().warnings().try_into().unwrap();
+    assert!(
+        warning.starts_with("disk 0 (data): a write failed: No space left") && warning.contains("2 times"),
+        "{warning}"
+    );
+}
+
+#[test]
+fn a_change_whose_outcome_cannot_be_read_is_told_and_its_bits_stay() {
+    let rig = rig(1 << 20, FirstChange::nothing(), false);
     rig.disk().map().reset(point(1)).unwrap();
     rig.owner.begin_log(Epoch(2));
     rig.owner.cover(Epoch(2));
-    rig.disk.set_fault(Some(Fault::WriteError));
-    assert!(rig.put(0, &[1; 512]).is_err());
+    rig.disk().announce(range(0, 512)).unwrap();
+    rig.disk.set_fault(Some(Fault::Dead));
+    assert!(rig.disk().write(0, &[1; 512]).is_err());
     rig.disk.set_fault(None);
     let failure = rig.owner.take_failure().unwrap();
-    assert_eq!(told.try_recv(), Ok(failure.clone()));
     assert!(failure.to_string().starts_with("disk 0 (data): a write failed: "), "{failure}");
     assert_eq!(rig.owner.take_failure(), None);
     assert_eq!(rig.owner.seal(Epoch(2)).changes, []);
@@ -132,15 +150,16 @@ fn a_failed_change_is_told_and_its_bits_stay() {
 }
 
 #[test]
-fn a_failed_flush_makes_the_map_know_nothing() {
+fn a_failed_flush_makes_the_map_know_nothing_and_leaves_protection() {
     let rig = rig(1 << 20, FirstChange::nothing(), false);
     rig.disk().map().reset(point(1)).unwrap();
     rig.owner.begin_log(Epoch(2));
     rig.disk.set_fault(Some(Fault::SyncError));
     assert!(rig.disk().flush().is_err());
     rig.disk.set_fault(None);
-    assert_eq!(rig.owner.take_failure().unwrap().what, "a flush");
-    assert!(!rig.owner.seal(Epoch(2)).flushed);
+    assert_eq!(rig.owner.take_failure(), None, "the other side has it all, on stable storage");
+    assert!(rig.owner.alarm().warnings()[0].contains("a flush failed"));
+    assert!(rig.owner.seal(Epoch(2)).flushed, "the first epoch of a log stands for what the base carries");
     assert_eq!(rig.disk().map().base(), None);
     // The guest may go on, but no later flush is believed.
     rig.put(0, &[1; 512]).unwrap();
@@ -155,11 +174,15 @@ fn no_space_for_the_map_is_an_error_of_the_guest_and_not_a_difference() {
     rig.put(0, &[1; 512]).unwrap();
     rig.file.set_fault(Some(Fault::Full));
     assert_eq!(rig.put(BLOCK_BYTES, &[1; 512]).unwrap_err().raw_os_error(), Some(28));
-    assert!(rig.disk().write(BLOCK_BYTES, &[1; 512]).is_err(), "not even without an announcement");
+    let unannounced = rig.disk().write(BLOCK_BYTES, &[1; 512]).unwrap_err();
+    assert_eq!(unannounced.kind(), io::ErrorKind::WouldBlock, "no bit is set while the machine may be about to stop");
     let mut back = [9; 512];
     rig.disk().read(BLOCK_BYTES, &mut back).unwrap();
     assert_eq!(back, [0; 512]);
     assert_eq!((rig.owner.take_failure(), rig.owner.seal(Epoch(2)).changes.len()), (None, 1));
+    rig.file.set_fault(None);
+    rig.put(BLOCK_BYTES, &[1; 512]).unwrap();
+    assert_eq!(rig.owner.seal(Epoch(3)).changes.len(), 1, "and it works again when there is space");
 }
 
 #[test]

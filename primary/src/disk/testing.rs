@@ -1,7 +1,7 @@
 //! Storage that loses what was not synced, for crash tests: when the power is cut, each sector that was written since the last sync keeps
 //! any of the contents that it had meanwhile, independently of all others, and may be torn between two of them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -52,7 +52,10 @@ pub enum Fault {
     Full,
     /// Every write fails.
     WriteError,
-    /// Every sync fails.
+    /// Every access fails.
+    Dead,
+    /// Every sync fails. As with a kernel that could not write back: what waited for it is still read, but no later sync brings it to the disk unless it is written
+    /// again.
     SyncError,
 }
 
@@ -81,6 +84,8 @@ pub struct LossyStorage {
 struct Content {
     /// What survived, and what was written since, oldest first.
     sectors: BTreeMap<u64, (Option<Sector>, Vec<Sector>)>,
+    /// Sectors that a sync failed to write.
+    forgotten: BTreeSet<u64>,
     durable_len: u64,
     lens: Vec<u64>,
     fault: Option<Fault>,
@@ -168,6 +173,7 @@ impl Content {
     }
 
     fn put(&mut self, number: u64, sector: Sector) {
+        self.forgotten.remove(&number);
         self.sectors.entry(number).or_default().1.push(sector);
     }
 
@@ -193,10 +199,19 @@ impl Content {
     fn settle(&mut self) {
         self.durable_len = self.len();
         self.lens.clear();
-        for (durable, written) in self.sectors.values_mut() {
+        for (number, (durable, written)) in &mut self.sectors {
+            if self.forgotten.contains(number) {
+                continue;
+            }
             *durable = written.pop().or(*durable);
             written.clear();
         }
+    }
+
+    fn forget(&mut self) {
+        let waiting = self.sectors.iter().filter(|(_, (_, written))| !written.is_empty());
+        let waiting: Vec<u64> = waiting.map(|(number, _)| *number).collect();
+        self.forgotten.extend(waiting);
     }
 
     fn cut_beyond(&mut self, len: u64) {
@@ -227,6 +242,7 @@ impl LossyStorage {
         content.durable_len =
             kept.checked_sub(1).and_then(|at| content.lens.get(at)).copied().unwrap_or(content.durable_len);
         content.lens.clear();
+        content.forgotten.clear();
         for (durable, written) in content.sectors.values_mut() {
             if written.is_empty() {
                 continue;
@@ -276,6 +292,9 @@ impl Storage for LossyStorage {
             return Err(lost_power());
         }
         let content = lock(&self.content);
+        if content.fault == Some(Fault::Dead) {
+            return Err(io::Error::from_raw_os_error(5));
+        }
         let mut at = offset;
         if offset.saturating_add(u64::try_from(into.len()).unwrap_or(u64::MAX)) > content.len() {
             return Err(io::ErrorKind::UnexpectedEof.into());
@@ -307,7 +326,8 @@ impl Storage for LossyStorage {
 
     fn sync(&self) -> io::Result<()> {
         let mut content = lock(&self.content);
-        if content.fault == Some(Fault::SyncError) {
+        if matches!(content.fault, Some(Fault::SyncError | Fault::Dead)) {
+            content.forget();
             return Err(io::Error::from_raw_os_error(5));
         }
         if !self.power.spend()? {

@@ -105,6 +105,7 @@ impl DiskImage {
             rustix::io::Errno::WOULDBLOCK => ImageError::InUse { path: path.into() },
             other => host(other.into()),
         })?;
+        storage.forget_cache();
         Self::over(Arc::new(storage), path, bytes, read_only)
     }
 
@@ -208,7 +209,7 @@ impl Disk for DiskImage {
             return Ok(());
         }
         if self.broken.load(Ordering::Acquire) {
-            return Err(io::Error::other("an earlier flush of this image failed"));
+            return Err(io::Error::other("an earlier flush of this image failed, which only a new process forgets"));
         }
         self.storage.sync().inspect_err(|_| self.broken.store(true, Ordering::Release))
     }

@@ -80,6 +80,13 @@ impl FileStorage {
         &self.file
     }
 
+    /// What is read from here on comes from the disk, as far as the host can be made to: a kernel that failed to write a page keeps showing it as if it
+    /// were written, over the end of the process that was told of it.
+    pub fn forget_cache(&self) {
+        // Advice: where it is not taken, nothing is worse than before.
+        rustix::fs::fadvise(&self.file, 0, None, rustix::fs::Advice::DontNeed).ok();
+    }
+
     /// Lets the host zero a range; false when it cannot do that here.
     ///
     /// On a block device the same calls give zeroes for sure, with or without giving space back; `BLKDISCARD` would promise nothing of
