@@ -90,10 +90,9 @@ fn start_runner(
 ) -> anyhow::Result<Runner> {
     let parts = host.epoch_parts();
     let tell = tell.clone();
-    let runner =
-        Runner::start(machine, parts, Epoch(0), host.config.epoch.pace, host.clock.clone(), move |event| {
-            // The owner may have ended.
-            tell.send(OwnerEvent::Runner(event)).ok();
-        });
+    let runner = Runner::start(machine, parts, Epoch(0), host.config.epoch.pace, host.clock.clone(), move |event| {
+        // The owner may have ended.
+        tell.send(OwnerEvent::Runner(event)).ok();
+    });
     runner.context("the machine's thread did not start")
 }

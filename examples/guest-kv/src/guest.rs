@@ -19,6 +19,7 @@ use crate::dirty::DirtyLoad;
 use crate::disks::{Disks, MAX_DISKS};
 use crate::net::Net;
 use crate::serve::{self, Connection, Server};
+use crate::work::WorkLoad;
 use crate::{apic, boot, heap, pvh, virtio};
 
 /// Frames taken from the device before the requests in them are served.
@@ -33,6 +34,7 @@ const POWER_OFF_POLL_NS: u64 = 1_000_000;
 struct Guest {
     clock: Clock,
     dirty: DirtyLoad,
+    work: WorkLoad,
     disks: Disks,
     counters: Counters,
     connected: usize,
@@ -61,6 +63,7 @@ impl Machine for Guest {
         line("loop_rounds", self.counters.rounds);
         line("sleeps", self.counters.sleeps);
         line("pages_dirtied", self.dirty.written());
+        line("work_units", self.work.units());
         line("connections", u64::try_from(self.connected).unwrap_or(u64::MAX));
         line("heap_bytes", u64::try_from(heap::used()).unwrap_or(u64::MAX));
         line("uptime_ms", self.uptime_ms());
@@ -69,6 +72,10 @@ impl Machine for Guest {
 
     fn dirty(&mut self, pages_per_second: u64, pages: Option<u64>) -> Result<(), OutOfMemory> {
         self.dirty.configure(pages_per_second, pages, self.clock.now_ns())
+    }
+
+    fn work(&mut self, on: bool) {
+        self.work.set(on);
     }
 
     fn connected(&self) -> usize {
@@ -127,8 +134,8 @@ pub(crate) fn run(start_info: u64) -> Result<Infallible, &'static str> {
     })?;
     let interface = configure(&options, &mut net);
     let disks = Disks::new(disks);
-    let mut guest =
-        Guest { clock, dirty: DirtyLoad::new(), disks, counters: Counters::default(), connected: 0, power_off: false };
+    let (dirty, work, counters) = (DirtyLoad::new(), WorkLoad::default(), Counters::default());
+    let mut guest = Guest { clock, dirty, work, disks, counters, connected: 0, power_off: false };
     let database = open_log(&options, &mut guest)?;
     let [a, b, c, d] = options.address;
     let mac = EthernetAddress(net.mac());
@@ -283,6 +290,7 @@ impl Loop {
         (guest.counters.received, guest.counters.sent) = self.net.frames();
         guest.connected = serve::connected(&self.connections);
         busy |= guest.dirty.work(now);
+        busy |= guest.work.work();
         self.report_counters(now);
         busy
     }

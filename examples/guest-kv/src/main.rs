@@ -18,6 +18,7 @@ mod net;
 mod pvh;
 mod serve;
 mod virtio;
+mod work;
 
 /// Entered from boot.s, with the address of the start information.
 #[expect(unsafe_code, reason = "called by name from boot.s")]

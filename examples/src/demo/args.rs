@@ -23,7 +23,7 @@ pub(super) struct Args {
     /// What the guest is made of; `model` needs no KVM.
     #[arg(long, value_enum, default_value_t = Machine::Kvm)]
     pub(super) machine: Machine,
-    /// Time between two checkpoints.
+    /// Time between two checkpoints, or what they are to achieve: `latency=2ms`, `overhead=10%`.
     #[arg(long, default_value = "25ms")]
     pub(super) epoch: String,
     /// Guest memory.

@@ -8,7 +8,8 @@ use jiff::Timestamp;
 use replication_proto::{Incarnation, NodeName};
 
 use super::{
-    ArbiterStatus, Counters, Distribution, LinkStatus, NodeRole, OutputStatus, PacingStatus, PeerStatus, SCHEMA, Status, Timings,
+    ArbiterStatus, Counters, Distribution, LinkStatus, NodeRole, OutputStatus, PacingStatus, PeerStatus, SCHEMA,
+    Status, Timings,
 };
 use crate::config::{EpochPace, MachineKind, PairConfig};
 use crate::decide::{Gate, StateName, View};

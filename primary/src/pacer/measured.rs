@@ -53,8 +53,7 @@ impl Measured {
 
     pub(super) fn committed(&mut self, took: Duration, added: Option<Duration>) {
         let before = self.commit.unwrap_or(took);
-        self.commit =
-            Some(if took > before { before + (took - before) / 4 } else { before - (before - took) / 16 });
+        self.commit = Some(if took > before { before + (took - before) / 4 } else { before - (before - took) / 16 });
         if let Some(added) = added {
             if self.added.len() == REMEMBERED {
                 self.added.pop_front();
@@ -106,7 +105,10 @@ impl Measured {
         let text = if met {
             "epochs end when output waits, as often as the overhead allows".into()
         } else {
-            format!("pauses are too long even for epochs of {} ms, and output is not held longer", most_held.as_millis())
+            format!(
+                "pauses are too long even for epochs of {} ms, and output is not held longer",
+                most_held.as_millis()
+            )
         };
         (Some(met), text)
     }

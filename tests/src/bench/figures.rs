@@ -22,6 +22,14 @@ impl Spread {
         Self::of(values.map(|d| d.as_secs_f64() * 1e6).collect())
     }
 
+    /// The medians of several runs' points; the largest of all as `max`.
+    #[must_use]
+    pub fn of_runs(runs: impl Iterator<Item = Self> + Clone) -> Self {
+        let middle = |point: fn(&Self) -> f64| median(runs.clone().map(|run| point(&run)).collect());
+        let max = runs.clone().map(|run| run.max).fold(0.0, f64::max);
+        Self { p50: middle(|run| run.p50), p99: middle(|run| run.p99), max }
+    }
+
     /// Of numbers as they are. Nearest rank; zero for none.
     #[must_use]
     pub fn of(mut values: Vec<f64>) -> Self {
@@ -34,6 +42,17 @@ impl Spread {
     }
 }
 
+/// The middle one, or the mean of both; zero for none.
+#[must_use]
+pub fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_unstable_by(f64::total_cmp);
+    let (low, high) = (values.len().saturating_sub(1) / 2, values.len() / 2);
+    match (values.get(low), values.get(high)) {
+        (Some(low), Some(high)) => (low + high) / 2.0,
+        _ => 0.0,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -42,6 +61,10 @@ mod tests {
     fn ranks_are_the_nearest() {
         let spread = Spread::of((1..=200).rev().map(f64::from).collect());
         assert_eq!((spread.p50, spread.p99, spread.max), (100.0, 198.0, 200.0));
+        assert_eq!((median(vec![3.0, 1.0, 2.0]), median(vec![1.0, 2.0]), median(Vec::new())), (2.0, 1.5, 0.0));
+        let run = |p50: f64| Spread { p50, p99: 10.0 * p50, max: 100.0 * p50 };
+        let runs = Spread::of_runs([run(1.0), run(5.0), run(2.0)].into_iter());
+        assert_eq!((runs.p50, runs.p99, runs.max), (2.0, 20.0, 500.0));
         let one = Spread::of_us(std::iter::once(Duration::from_micros(7)));
         assert_eq!((one.p50.round(), one.p99.round(), one.max.round()), (7.0, 7.0, 7.0));
     }

@@ -3,12 +3,22 @@
 //! * [`pause`]: the pause of the product, beside its floor in the same run
 //! * [`subject`]: the product's machine under a dirtying load, and one checkpoint of it
 //! * [`floor`]: what a pause costs at least, on a plain KVM VM
+//! * [`latency`], [`throughput`]: what clients notice, unprotected, with fixed epochs and with such as follow the work
+//! * [`epochs`]: what many checkpoints a second cost the guest
+//! * [`base`]: what the copying of a base costs it
+//! * [`pairs`]: real pairs for these, [`processors`]: who runs where, and for how long
 //! * [`figures`]: distributions of what was measured
 
+pub mod base;
+pub mod epochs;
 pub mod figures;
 pub mod floor;
+pub mod latency;
+pub mod pairs;
 pub mod pause;
+pub mod processors;
 pub mod subject;
+pub mod throughput;
 
 /// What a benchmark could not do. One line for people.
 #[derive(Debug, thiserror::Error)]
@@ -31,6 +41,9 @@ pub enum BenchError {
     /// A checkpoint failed.
     #[error(transparent)]
     Checkpoint(#[from] primary::epoch::CheckpointError),
+    /// The real pair.
+    #[error(transparent)]
+    Pair(#[from] crate::real::Error),
     /// Guest RAM.
     #[error(transparent)]
     Ram(#[from] vmm::memory::RamError),
@@ -50,4 +63,13 @@ pub enum BenchError {
 /// Makes a [`BenchError::Host`] of a call's error.
 pub(crate) fn host<E: Into<std::io::Error>>(what: &'static str) -> impl FnOnce(E) -> BenchError {
     move |source| BenchError::Host { what, source: source.into() }
+}
+
+/// Processors, kernel and load of this host.
+pub(crate) fn host_description() -> String {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    let load = load.split(' ').next().unwrap_or("unknown").to_owned();
+    format!("{processors} processors, Linux {}, load average {load}", kernel.trim_end())
 }

@@ -5,10 +5,10 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use super::BenchError;
 use super::figures::Spread;
 use super::floor::{Floor, Round};
 use super::subject::{Sample, Subject};
+use super::{BenchError, host_description};
 
 /// Version of the JSON form.
 pub const SCHEMA: &str = "ft.bench.pause/1";
@@ -177,12 +177,4 @@ impl Row {
             ("(re-entry)", self.floor_reentry_us),
         ]
     }
-}
-
-fn host_description() -> String {
-    let processors = std::thread::available_parallelism().map_or(1, usize::from);
-    let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
-    let load = load.split(' ').next().unwrap_or("unknown").to_owned();
-    format!("{processors} processors, Linux {}, load average {load}", kernel.trim_end())
 }

@@ -24,6 +24,7 @@ impl kv::Machine for FakeMachine {
     fn dirty(&mut self, _: u64, pages: Option<u64>) -> Result<(), OutOfMemory> {
         if pages.is_some_and(|pages| pages > 1000) { Err(OutOfMemory) } else { Ok(()) }
     }
+    fn work(&mut self, _: bool) {}
     fn connected(&self) -> usize {
         1
     }

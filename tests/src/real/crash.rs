@@ -177,6 +177,7 @@ impl kv::Machine for NoMachine {
     fn dirty(&mut self, _: u64, _: Option<u64>) -> std::result::Result<(), kv::resp::OutOfMemory> {
         Ok(())
     }
+    fn work(&mut self, _: bool) {}
     fn connected(&self) -> usize {
         0
     }

@@ -37,7 +37,7 @@ pub struct PairOptions {
     pub memory: String,
     /// Number of vCPUs.
     pub vcpus: u8,
-    /// Epoch interval as `pair.toml` has it.
+    /// What is in `[epoch]`, in words: `25ms` is an interval, `latency=2ms` and `in_flight=3` are keys with their values.
     pub epoch: String,
     /// Words added to the guest's command line.
     pub cmdline: String,
@@ -428,6 +428,7 @@ fn image_path(dir: &Path, node: Node, disk: usize) -> PathBuf {
 /// `pair.toml` for two hosts in namespaces.
 fn config_text(dir: &Path, guest: Option<&Path>, options: &PairOptions) -> String {
     let PairOptions { machine, memory, vcpus, epoch, cmdline, disks, arbiter, extra, files: _ } = options;
+    let epoch: String = epoch.split_whitespace().map(epoch_line).collect();
     let mac = GUEST_MAC.map(|byte| format!("{byte:02x}")).join(":");
     let kernel = guest.map_or(String::new(), |path| format!("kernel = {:?}\n", path.display().to_string()));
     let at = dir.display();
@@ -436,7 +437,7 @@ fn config_text(dir: &Path, guest: Option<&Path>, options: &PairOptions) -> Strin
     let mut text = format!(
         "[vm]\nname = \"demo\"\nid = \"0d5e0f7a-6b0e-4c55-9a0c-77000a10ca5e\"\nmachine = \"{machine}\"\nmemory = \"{memory}\"\nvcpus = {vcpus}\n\
          {kernel}cmdline = \"ip={GUEST_IP}/24 gw=10.77.0.1 port={GUEST_PORT} {cmdline}\"\nmac = \"{mac}\"\n\n\
-         [epoch]\ninterval = \"{epoch}\"\n\n\
+         [epoch]\n{epoch}\n\
          {arbiter}\n\
          # The replication link is a wire between two namespaces of one machine.\n[link]\ninsecure_lab = true\n\n"
     );
@@ -455,4 +456,14 @@ fn config_text(dir: &Path, guest: Option<&Path>, options: &PairOptions) -> Strin
     }
     text.push_str(extra);
     text
+}
+
+/// A word of [`PairOptions::epoch`] as a line.
+fn epoch_line(word: &str) -> String {
+    let (key, value) = word.split_once('=').unwrap_or(("interval", word));
+    if value.bytes().all(|byte| byte.is_ascii_digit()) {
+        format!("{key} = {value}\n")
+    } else {
+        format!("{key} = {value:?}\n")
+    }
 }

@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use failover::config::EpochPace;
 use failover::arbiter::NodeRef;
+use failover::config::EpochPace;
 use failover::decide::{Action, CoreConfig, Input, StateName};
 use failover::exit::ExitCode;
 use failover::status::StatusBoard;

@@ -18,6 +18,8 @@ pub trait Machine {
     /// # Errors
     /// The buffer does not fit in memory.
     fn dirty(&mut self, pages_per_second: u64, pages: Option<u64>) -> Result<(), OutOfMemory>;
+    /// Computes without an end beside everything else, and counts what it gets done; or no longer.
+    fn work(&mut self, on: bool);
     /// Clients that are connected.
     fn connected(&self) -> usize;
     /// Bytes of heap in use.
@@ -237,6 +239,7 @@ pub(crate) static COMMANDS: &[Command] = &[
     command("FT.FSYNC", (1, 1), disk::fsync),
     command("FT.POWEROFF", (1, 1), own::power_off),
     command("FT.UPTIME", (1, 1), own::uptime),
+    command("FT.WORK", (2, 2), own::work),
     command("GET", (2, 2), strings::get),
     command("GETDEL", (2, 2), strings::getdel).shrinks(),
     command("GETSET", (3, 3), strings::getset).changes(),
@@ -373,6 +376,7 @@ pub(crate) mod tests {
     #[derive(Default)]
     pub(crate) struct FakeMachine {
         pub(crate) dirty: Option<(u64, Option<u64>)>,
+        pub(crate) works: bool,
         pub(crate) off: bool,
         pub(crate) crashed: bool,
         pub(crate) job: Option<DiskJob>,
@@ -391,6 +395,9 @@ pub(crate) mod tests {
             }
             self.dirty = Some((pages_per_second, pages));
             Ok(())
+        }
+        fn work(&mut self, on: bool) {
+            self.works = on;
         }
         fn connected(&self) -> usize {
             1

@@ -17,6 +17,18 @@ pub(crate) fn dirty(call: &mut Call<'_>) -> Done {
     Ok(())
 }
 
+/// `FT.WORK 0|1`
+pub(crate) fn work(call: &mut Call<'_>) -> Done {
+    let on = match call.integer(1)? {
+        0 => false,
+        1 => true,
+        _ => return Err(Failure::NotInteger),
+    };
+    call.machine.work(on);
+    call.ok();
+    Ok(())
+}
+
 pub(crate) fn digest(call: &mut Call<'_>) -> Done {
     const HEX: &[u8; 16] = b"0123456789abcdef";
     let (digest, mut text) = (call.store.digest(), [0; 16]);
@@ -75,6 +87,11 @@ mod tests {
         for bad in ["FT.DIRTY -1", "FT.DIRTY x", "FT.DIRTY 1 0"] {
             assert!(server.ask(bad).starts_with("-ERR value"), "{bad}");
         }
+        assert_eq!(server.ask("FT.WORK 1"), "+OK|");
+        assert!(server.machine.works);
+        assert!(server.ask("FT.WORK 2").starts_with("-ERR value") && server.machine.works);
+        assert_eq!(server.ask("FT.WORK 0"), "+OK|");
+        assert!(!server.machine.works);
         assert_eq!(server.ask("FT.UPTIME"), ":1234|");
         assert_eq!(server.ask("FT.COUNTERS"), "$10|frames:7||");
         assert_eq!(server.ask("FT.DIGEST"), "$16|0000000000000000|");

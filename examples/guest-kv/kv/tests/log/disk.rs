@@ -15,6 +15,7 @@ impl Machine for NoMachine {
     fn dirty(&mut self, _: u64, _: Option<u64>) -> Result<(), OutOfMemory> {
         Ok(())
     }
+    fn work(&mut self, _: bool) {}
     fn connected(&self) -> usize {
         0
     }
