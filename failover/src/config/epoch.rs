@@ -10,8 +10,8 @@ use super::{PairConfig, Percent};
 
 /// Checkpoints on their way at one time: enough to hide a round trip, few enough that an overload lengthens epochs soon.
 pub const EPOCHS_IN_FLIGHT: u8 = 8;
-/// What is aimed at when the file says nothing.
-const DEFAULT_LATENCY: Duration = Duration::from_millis(2);
+/// What it is when the file says nothing: the clock, whose rhythm does not depend on what the guest does.
+const DEFAULT_INTERVAL: Duration = Duration::from_millis(25);
 
 /// What decides when an epoch ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,7 +38,7 @@ pub struct EpochSection {
 
 impl Default for EpochSection {
     fn default() -> Self {
-        Self { pace: EpochPace::Latency(DEFAULT_LATENCY), in_flight: EPOCHS_IN_FLIGHT, ram_digest: false }
+        Self { pace: EpochPace::Fixed(DEFAULT_INTERVAL), in_flight: EPOCHS_IN_FLIGHT, ram_digest: false }
     }
 }
 

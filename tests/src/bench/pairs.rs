@@ -14,7 +14,7 @@ use crate::real::status::Status;
 use crate::real::{MachineKind, Node, clock};
 
 /// Timers that a busy host does not run into: a run that lost its protection measures nothing.
-const PATIENT: &str = "[timers]\nsolo = \"5s\"\ntakeover = \"10s\"\n";
+const PATIENT: &str = "[timers]\nsolo = \"5s\"\ntakeover = \"9s\"\n";
 /// How long a reply may take.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
