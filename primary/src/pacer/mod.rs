@@ -152,7 +152,8 @@ impl Pacer {
 
     /// The backup has committed every epoch up to this one.
     pub fn committed(&mut self, epoch: Epoch, now: Duration) {
-        while let Some(flying) = self.flying.pop_front_if(|flying| flying.epoch <= epoch) {
+        while let Some(flying) = self.flying.front().copied().filter(|flying| flying.epoch <= epoch) {
+            self.flying.pop_front();
             if let Some(began) = flying.began {
                 let added = flying.waited_since.map(|since| now.saturating_sub(since));
                 self.measured.committed(now.saturating_sub(began), added);

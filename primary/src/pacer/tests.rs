@@ -61,7 +61,8 @@ impl Toy {
     /// Until `until`, exactly as the runner does it: looks, ends epochs, hears commits.
     fn live(&mut self, until: Duration) {
         while self.now < until {
-            while let Some((_, epoch)) = self.commits.pop_front_if(|(at, _)| *at <= self.now) {
+            while let Some((_, epoch)) = self.commits.front().copied().filter(|(at, _)| *at <= self.now) {
+                self.commits.pop_front();
                 self.pacer.committed(epoch, self.now);
             }
             let look = Look { now: self.now, waiting_since: self.waiting_since, ran: Some(self.ran), asked: false };
