@@ -11,7 +11,7 @@
 //! * [`set`]: all of it opened, as a process finds it
 //! * [`journal`]: the backup's write-ahead file; it is here because a process that boots the guest may find one, too
 //! * [`recover`]: what a process does first with images, maps and journal that it finds
-//! * [`open`]: where the files are; with failpoints, [`volatile`] loses at SIGKILL what was not synced
+//! * [`open`]: where the files are; with failpoints, [`volatile`] loses at SIGKILL what was not synced, and [`failing`] fails on order
 
 pub mod blocks;
 pub mod book;
@@ -25,6 +25,8 @@ pub mod owner;
 pub mod recover;
 pub mod replicated;
 pub mod set;
+#[cfg(feature = "failpoints")]
+pub mod failing;
 #[cfg(any(test, feature = "failpoints"))]
 pub mod testing;
 #[cfg(any(test, feature = "failpoints"))]
