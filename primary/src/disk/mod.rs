@@ -16,6 +16,8 @@
 pub mod blocks;
 pub mod book;
 pub mod copy;
+#[cfg(feature = "failpoints")]
+pub mod failing;
 pub mod header;
 pub mod journal;
 pub mod log;
@@ -25,8 +27,6 @@ pub mod owner;
 pub mod recover;
 pub mod replicated;
 pub mod set;
-#[cfg(feature = "failpoints")]
-pub mod failing;
 #[cfg(any(test, feature = "failpoints"))]
 pub mod testing;
 #[cfg(any(test, feature = "failpoints"))]

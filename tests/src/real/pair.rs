@@ -447,7 +447,8 @@ fn image_path(dir: &Path, node: Node, disk: usize) -> PathBuf {
 
 /// `pair.toml` for two hosts in namespaces.
 fn config_text(dir: &Path, guest: Option<&Path>, options: &PairOptions) -> String {
-    let PairOptions { machine, memory, vcpus, epoch, cmdline, disks, arbiter, extra, disk_space: _, files: _ } = options;
+    let PairOptions { machine, memory, vcpus, epoch, cmdline, disks, arbiter, extra, disk_space: _, files: _ } =
+        options;
     let mac = GUEST_MAC.map(|byte| format!("{byte:02x}")).join(":");
     let kernel = guest.map_or(String::new(), |path| format!("kernel = {:?}\n", path.display().to_string()));
     let at = dir.display();

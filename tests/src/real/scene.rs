@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -111,11 +111,65 @@ pub fn play_with(
         MachineKind::Model => &ONE_AT_A_TIME[1],
     };
     let _alone_here = own.lock().unwrap_or_else(PoisonError::into_inner);
-    // Pairs of other test processes would take the processors away that this one's timers need.
+    let _alone_on_this_host = lock_host(machine);
+    watched(machine, name, build, test);
+}
+
+/// How many pairs [`play_beside`] lets work at one time: their timers are long, and they mostly wait.
+const BESIDE_MAX: usize = 4;
+
+/// Tests that play beside each other: how many, and the host's lock that they share while there are any.
+static BESIDE: Mutex<(usize, Option<File>)> = Mutex::new((0, None));
+static ROOM: Condvar = Condvar::new();
+
+struct Beside;
+
+impl Beside {
+    fn enter(machine: MachineKind) -> Self {
+        let playing = BESIDE.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut playing = ROOM.wait_while(playing, |(n, _)| *n >= BESIDE_MAX).unwrap_or_else(PoisonError::into_inner);
+        if playing.1.is_none() {
+            playing.1 = lock_host(machine);
+        }
+        playing.0 += 1;
+        Self
+    }
+}
+
+impl Drop for Beside {
+    fn drop(&mut self) {
+        let mut playing = BESIDE.lock().unwrap_or_else(PoisonError::into_inner);
+        playing.0 -= 1;
+        if playing.0 == 0 {
+            playing.1 = None;
+        }
+        ROOM.notify_one();
+    }
+}
+
+/// Runs a test on the model machine beside up to three others of this process that are started in this way. Its timers must be patient.
+///
+/// # Panics
+/// As [`play`].
+pub fn play_beside(name: &str, build: impl FnOnce() -> Result<Artifacts>, test: impl FnOnce(&mut Scene) -> Result<()>) {
+    let _one_of_few = Beside::enter(MachineKind::Model);
+    watched(MachineKind::Model, name, build, test);
+}
+
+/// Pairs of other test processes would take the processors away that this one's timers need.
+fn lock_host(machine: MachineKind) -> Option<File> {
     let path = std::env::temp_dir().join(format!("ft-pair-tests-{machine}.lock"));
-    let lock = File::options().create(true).append(true).open(&path);
-    let _alone_on_this_host =
-        lock.inspect(|file| flock(file, FlockOperation::LockExclusive).expect("a lock can be waited for"));
+    let file = File::options().create(true).append(true).open(&path).ok()?;
+    flock(&file, FlockOperation::LockExclusive).expect("a lock can be waited for");
+    Some(file)
+}
+
+fn watched(
+    machine: MachineKind,
+    name: &str,
+    build: impl FnOnce() -> Result<Artifacts>,
+    test: impl FnOnce(&mut Scene) -> Result<()>,
+) {
     let (done, ended) = channel::<()>();
     let title = format!("{machine}::{name}");
     thread::spawn(move || {
