@@ -1,12 +1,14 @@
-//! What a test of the real pair runs in: one machine kind, one pair on it at a time, a limit in time, and logs when it fails.
+//! What a test of the real pair runs in: one machine kind, few pairs on it at a time, a limit in time, and logs when it fails.
 
 use std::fs::File;
+use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::sync::{Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 
 use super::artifacts::Artifacts;
 use super::pair::{Pair, PairOptions};
@@ -81,10 +83,38 @@ impl Scene {
     }
 }
 
-/// One pair on KVM and one of the model machine at a time: each has wires and files of its own.
-static ONE_AT_A_TIME: [Mutex<()>; 2] = [const { Mutex::new(()) }; 2];
+/// So many pairs of each kind of machine at a time on this host, whichever test programs they belong to: each has wires and files of its own, and they mostly
+/// wait for timers; with more of them, each one's timers would wait for processors.
+const PLACES: usize = 2;
 
-/// Runs one test: the only one on its kind of machine on this host, bounded in time, with the logs of both sides when it fails.
+/// A place for one pair, free again when this is dropped.
+struct Place {
+    _locked: File,
+}
+
+impl Place {
+    fn wait(machine: MachineKind) -> io::Result<Self> {
+        // Where to queue when all are taken: in turn.
+        static NEXT: AtomicUsize = AtomicUsize::new(0);
+        let open = |place: usize| {
+            let path = std::env::temp_dir().join(format!("ft-pair-tests-{machine}-{place}.lock"));
+            File::options().create(true).append(true).open(path)
+        };
+        for place in 0..PLACES {
+            let file = open(place)?;
+            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => return Ok(Self { _locked: file }),
+                Err(Errno::WOULDBLOCK) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        let file = open(NEXT.fetch_add(1, Ordering::Relaxed) % PLACES)?;
+        rustix::io::retry_on_intr(|| flock(&file, FlockOperation::LockExclusive))?;
+        Ok(Self { _locked: file })
+    }
+}
+
+/// Runs one test, one of few at a time on this host, bounded in time, with the logs of both sides when it fails.
 ///
 /// # Panics
 /// When the test fails, or what it needs is not there.
@@ -105,71 +135,7 @@ pub fn play_with(
     if machine == MachineKind::Kvm && !kvm_wanted() {
         return;
     }
-    // A test that failed before leaves nothing behind that would matter.
-    let own = match machine {
-        MachineKind::Kvm => &ONE_AT_A_TIME[0],
-        MachineKind::Model => &ONE_AT_A_TIME[1],
-    };
-    let _alone_here = own.lock().unwrap_or_else(PoisonError::into_inner);
-    let _alone_on_this_host = lock_host(machine);
-    watched(machine, name, build, test);
-}
-
-/// How many pairs [`play_beside`] lets work at one time: their timers are long, and they mostly wait.
-const BESIDE_MAX: usize = 4;
-
-/// Tests that play beside each other: how many, and the host's lock that they share while there are any.
-static BESIDE: Mutex<(usize, Option<File>)> = Mutex::new((0, None));
-static ROOM: Condvar = Condvar::new();
-
-struct Beside;
-
-impl Beside {
-    fn enter(machine: MachineKind) -> Self {
-        let playing = BESIDE.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut playing = ROOM.wait_while(playing, |(n, _)| *n >= BESIDE_MAX).unwrap_or_else(PoisonError::into_inner);
-        if playing.1.is_none() {
-            playing.1 = lock_host(machine);
-        }
-        playing.0 += 1;
-        Self
-    }
-}
-
-impl Drop for Beside {
-    fn drop(&mut self) {
-        let mut playing = BESIDE.lock().unwrap_or_else(PoisonError::into_inner);
-        playing.0 -= 1;
-        if playing.0 == 0 {
-            playing.1 = None;
-        }
-        ROOM.notify_one();
-    }
-}
-
-/// Runs a test on the model machine beside up to three others of this process that are started in this way. Its timers must be patient.
-///
-/// # Panics
-/// As [`play`].
-pub fn play_beside(name: &str, build: impl FnOnce() -> Result<Artifacts>, test: impl FnOnce(&mut Scene) -> Result<()>) {
-    let _one_of_few = Beside::enter(MachineKind::Model);
-    watched(MachineKind::Model, name, build, test);
-}
-
-/// Pairs of other test processes would take the processors away that this one's timers need.
-fn lock_host(machine: MachineKind) -> Option<File> {
-    let path = std::env::temp_dir().join(format!("ft-pair-tests-{machine}.lock"));
-    let file = File::options().create(true).append(true).open(&path).ok()?;
-    flock(&file, FlockOperation::LockExclusive).expect("a lock can be waited for");
-    Some(file)
-}
-
-fn watched(
-    machine: MachineKind,
-    name: &str,
-    build: impl FnOnce() -> Result<Artifacts>,
-    test: impl FnOnce(&mut Scene) -> Result<()>,
-) {
+    let _place = Place::wait(machine).expect("a lock can be had");
     let (done, ended) = channel::<()>();
     let title = format!("{machine}::{name}");
     thread::spawn(move || {
