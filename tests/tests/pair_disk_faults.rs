@@ -3,6 +3,7 @@
 //!
 //! After each fault both images are compared, by `ftctl verify` and byte by byte.
 
+use std::cell::Cell;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
@@ -12,9 +13,10 @@ use std::time::{Duration, Instant};
 use primary::disk::{DirtyMap, DiskIdentity, open_image, open_storage};
 use replication_proto::{Incarnation, VmId};
 use tests::real::artifacts::Artifacts;
+use tests::real::load::LoadReport;
 use tests::real::pair::{Pair, PairOptions};
 use tests::real::resp::{Connection, Reply};
-use tests::real::scene::{Scene, play_with};
+use tests::real::scene::{self, Scene, play_with};
 use tests::real::{Error, MachineKind, Node, Result, clock, tools};
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -307,7 +309,7 @@ fn backup_s_disk_full() {
 /// One of the backup's files fails in one way for a while.
 fn backup_file_fails(name: &str, says: &str, file: impl Fn(&Pair) -> PathBuf, way: &'static str) {
     play(name, |scene| {
-        let (options, given) = (options(scene), std::cell::Cell::new(None));
+        let (options, given) = (options(scene), Cell::new(None));
         let begin = |pair: &Pair| {
             given.set(Some(Order::give(&file(pair), way)?));
             Ok(())
@@ -323,11 +325,25 @@ fn backup_s_image_takes_no_writes() {
     backup_file_fails("backup_s_image_takes_no_writes", says, |pair| pair.image(Node::B, 0), "write");
 }
 
-/// An image is synced when the journal has reached its limit and starts anew.
+/// An image is synced when the journal has reached its limit and starts anew. When that fails only a new process believes what it reads, and status says so.
 #[test]
 fn backup_s_image_cannot_be_synced() {
-    let says = "its image cannot be synced";
-    backup_file_fails("backup_s_image_cannot_be_synced", says, |pair| pair.image(Node::B, 0), "sync");
+    play("backup_s_image_cannot_be_synced", |scene| {
+        let (options, given) = (options(scene), Cell::new(None));
+        let begin = |pair: &Pair| {
+            given.set(Some(Order::give(&pair.image(Node::B, 0), "sync")?));
+            Ok(())
+        };
+        let end = |pair: &mut Pair| {
+            given.take().map_or(Ok(()), Order::withdraw)?;
+            for node in Node::BOTH {
+                wait_says(pair, node, "which only a new process forgets")?;
+            }
+            pair.kill(Node::B)?;
+            pair.start_backup(Node::B)
+        };
+        backup_fails(scene, &options, "its image cannot be synced", begin, end)
+    });
 }
 
 #[test]
@@ -360,6 +376,42 @@ fn backup_s_image_shrinks_while_it_waits() {
         let begin = |pair: &Pair| shrink(&pair.image(Node::B, 0), 4096);
         let end = |pair: &mut Pair| shrink(&pair.image(Node::B, 0), DISK_BYTES);
         backup_fails(scene, &options, says, begin, end)
+    });
+}
+
+// ---- the same on KVM ---------------------------------------------------------------------------------------------------------------
+
+/// A full file system on either side, under the demo guest's own load.
+#[test]
+fn kvm_disk_full() {
+    scene::play(MachineKind::Kvm, "disk_full", |scene| {
+        for side in Node::BOTH {
+            let options = PairOptions {
+                memory: "64MiB".into(),
+                disks: vec![64 << 20],
+                disk_space: vec![(side, 4 * SMALL)],
+                ..options(scene)
+            };
+            let pair = scene.protected(&options)?;
+            let mut guest = Connection::open(pair.network().client(), LIMIT)?;
+            let mut load =
+                || LoadReport::run(&mut guest, &["randwrite", "400", "4096", "4"]).map_err(Error::io("FT.DISK"));
+            let since = clock::mono_us();
+            let report = load()?;
+            if side == Node::A {
+                assert!((1..400).contains(&report.errors), "{report:?}");
+                assert_still_protected(pair, since, "disk 0 (disk0): a write failed: No space left")?;
+            } else {
+                assert_eq!(report.errors, 0, "{report:?}");
+                pair.wait_event(Node::A, since, LIMIT, "protection to end", |event| event.enters("solo"))?;
+                wait_says(pair, Node::A, "No space left on device")?;
+            }
+            pair.remount(side, "size=96m")?;
+            assert_eq!(load()?.errors, 0);
+            pair.wait_protected(Node::A, LIMIT)?;
+            assert_eq!(pair.wait_equal_images(0, LIMIT)?, None, "the first byte that differs");
+        }
+        Ok(())
     });
 }
 

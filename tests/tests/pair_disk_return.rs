@@ -14,7 +14,7 @@ use tests::real::rng::Rng;
 use tests::real::scene::{Scene, play};
 use tests::real::{Error, MachineKind, Node, Result, clock};
 
-const LIMIT: Duration = Duration::from_secs(120);
+const LIMIT: Duration = Duration::from_secs(240);
 /// What the guest's commands count.
 const PIECE: u64 = 4096;
 
@@ -45,7 +45,8 @@ fn write(guest: &mut Connection, pieces: &[u64], rng: &mut Rng) -> Result<()> {
 }
 
 fn wire_bytes(pair: &Pair, node: Node) -> Result<u64> {
-    let counters = &pair.status(node)?.json()["counters"];
+    let status = pair.status(node)?;
+    let counters = &status.json()["counters"];
     let bytes = counters["replication_wire_bytes"].as_u64();
     bytes.ok_or_else(|| Error::answer("ftctl status", format!("no bytes on the wire in {counters}")))
 }
@@ -60,7 +61,10 @@ fn returns_after_ten_seconds(scene: &mut Scene) -> Result<()> {
     // Of file systems in memory: sparse, and holes are read at no cost.
     let space = Node::BOTH.map(|node| (node, 512 << 20)).into();
     let options = PairOptions { disk_space: space, ..options(scene, GIB_4) };
-    let pair = scene.protected(&options)?;
+    let pair = scene.prepare(&options)?;
+    pair.start_backup(Node::B)?;
+    pair.start_primary(Node::A, &[])?;
+    pair.wait_protected(Node::A, LIMIT)?;
     let whole = wire_bytes(pair, Node::A)?;
     let mut guest = Connection::open(pair.network().client(), LIMIT)?;
     let mut rng = Rng::new(7);

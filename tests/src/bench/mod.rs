@@ -1,10 +1,12 @@
 //! The benchmark binary's subcommands.
 //!
+//! * [`disk`]: a guest's disk with and without a backup, in turn
 //! * [`pause`]: the pause of the product, beside its floor in the same run
 //! * [`subject`]: the product's machine under a dirtying load, and one checkpoint of it
 //! * [`floor`]: what a pause costs at least, on a plain KVM VM
 //! * [`figures`]: distributions of what was measured
 
+pub mod disk;
 pub mod figures;
 pub mod floor;
 pub mod pause;
@@ -34,6 +36,9 @@ pub enum BenchError {
     /// Guest RAM.
     #[error(transparent)]
     Ram(#[from] vmm::memory::RamError),
+    /// A pair of real processes.
+    #[error(transparent)]
+    Pair(#[from] crate::real::Error),
     /// A call to the host failed.
     #[error("{what}: {source}")]
     Host {

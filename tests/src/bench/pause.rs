@@ -179,7 +179,8 @@ impl Row {
     }
 }
 
-fn host_description() -> String {
+/// Processors, kernel and load of the host.
+pub(super) fn host_description() -> String {
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();

@@ -5,7 +5,8 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
-use tests::bench::pause::{Grid, run};
+use serde::Serialize;
+use tests::bench::{disk, pause};
 use tests::machine::demo_guest;
 
 /// Measures the system on this host.
@@ -38,6 +39,24 @@ enum What {
         #[arg(long)]
         json: Option<PathBuf>,
     },
+    /// What a disk does with and without a backup, in turn on one real pair in namespaces. Needs root.
+    Disk {
+        /// Runs of each load in each mode.
+        #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
+        runs: u32,
+        /// Seconds of each.
+        #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=3600))]
+        seconds: u32,
+        /// Size of the disk.
+        #[arg(long, default_value = "256MiB", value_parser = memory)]
+        disk: u64,
+        /// Time between two checkpoints, as in `pair.toml`.
+        #[arg(long, default_value = "25ms")]
+        epoch: String,
+        /// Writes the result here, too.
+        #[arg(long)]
+        json: Option<PathBuf>,
+    },
 }
 
 fn memory(text: &str) -> Result<u64, String> {
@@ -59,17 +78,30 @@ fn main() -> ExitCode {
 }
 
 fn measure(Args { what }: Args) -> anyhow::Result<()> {
-    let What::Pause { pages, memory, samples, vcpus, guest, json } = what;
     // Before anything is built: nothing is measured without it.
     let kvm = Path::new("/dev/kvm");
     std::fs::File::options().read(true).write(true).open(kvm).context("no KVM on this host: /dev/kvm")?;
-    let kernel = guest.unwrap_or_else(demo_guest);
-    let grid = Grid { pages, memory_bytes: memory, samples, vcpus };
-    let report = run(&grid, &kernel, |line| eprintln!("{line}"))?;
-    print!("{}", report.table());
+    let progress = |line: &str| eprintln!("{line}");
+    match what {
+        What::Pause { pages, memory, samples, vcpus, guest, json } => {
+            let kernel = guest.unwrap_or_else(demo_guest);
+            let grid = pause::Grid { pages, memory_bytes: memory, samples, vcpus };
+            let report = pause::run(&grid, &kernel, progress)?;
+            say(&report.table(), &report, json.as_deref())
+        }
+        What::Disk { runs, seconds, disk, epoch, json } => {
+            let plan = disk::Plan { runs, seconds, disk_bytes: disk, epoch };
+            let report = disk::run(&plan, progress)?;
+            say(&report.table(), &report, json.as_deref())
+        }
+    }
+}
+
+fn say(table: &str, report: &impl Serialize, json: Option<&Path>) -> anyhow::Result<()> {
+    print!("{table}");
     if let Some(path) = json {
-        let text = serde_json::to_string_pretty(&report)?;
-        std::fs::write(&path, text + "\n").with_context(|| path.display().to_string())?;
+        let text = serde_json::to_string_pretty(report)?;
+        std::fs::write(path, text + "\n").with_context(|| path.display().to_string())?;
     }
     Ok(())
 }
