@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use primary::disk::recover::Recoverable;
 use primary::disk::{DirtyMap, DiskChange, DiskChanges, Epoch, Journal, Point};
+use primary::link::receive_within;
 use vmm::disk::Disk;
 
 use super::worker::{Retire, SinkError, Worker};
@@ -186,7 +187,7 @@ struct Turn<T> {
 impl<T: FnMut(SinkEvent)> Turn<T> {
     fn run(mut self, commands: &Receiver<Command>) {
         loop {
-            let command = match commands.recv_timeout(self.patience()) {
+            let command = match receive_within(commands, self.patience()) {
                 Ok(command) => Some(command),
                 Err(RecvTimeoutError::Timeout) => None,
                 Err(RecvTimeoutError::Disconnected) => return,

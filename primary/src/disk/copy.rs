@@ -16,8 +16,9 @@ use super::blocks::{BLOCK_BYTES, BlockSet, blocks_of, touched_by};
 
 /// Blocks that are asked after, or sent, at once: 1 MiB.
 const BLOCKS_AT_ONCE: u64 = 16;
-/// Questions that may be without an answer at one time.
-const QUESTIONS_MAX: usize = 16;
+/// Questions that may be without an answer at one time: after a short absence most of them are small, and each takes a journey. With those about memory fewer
+/// than the protocol allows.
+const QUESTIONS_MAX: usize = 40;
 /// The last round looks at no more blocks than this: 4 MiB, which a checkpoint may have.
 const FEW_BLOCKS: u64 = 64;
 /// … or comes after so many others: a guest that writes faster than the link sends never gets below.
