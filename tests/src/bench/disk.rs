@@ -32,6 +32,8 @@ pub struct Plan {
     pub disk_bytes: u64,
     /// Time between two checkpoints, as `pair.toml` has it.
     pub epoch: String,
+    /// Loads whose names contain this.
+    pub only: String,
 }
 
 /// A load: what it is called, and its words after the time.
@@ -119,21 +121,26 @@ enum Mode {
 /// # Errors
 /// The first thing that goes wrong.
 pub fn run(plan: &Plan, mut progress: impl FnMut(&str)) -> Result<Report, BenchError> {
+    let loads: Vec<Load> = LOADS.into_iter().filter(|load| load.name.contains(&plan.only)).collect();
+    if loads.is_empty() {
+        let names = LOADS.map(|load| load.name).join("; ");
+        return Err(BenchError::Wrong(format!("no load is called {:?}: {names}", plan.only)));
+    }
     let artifacts = Artifacts::build(MachineKind::Kvm, &mut progress)?;
     let options = PairOptions {
         memory: "128MiB".into(),
         epoch: plan.epoch.clone(),
         disks: vec![plan.disk_bytes],
         // What is measured is not how soon a busy host's backup is given up.
-        extra: "[timers]\nsolo = \"5s\"\ntakeover = \"10s\"\nprotect_retry = \"100ms\"\n".into(),
+        extra: "[timers]\nsolo = \"4s\"\ntakeover = \"8s\"\nprotect_retry = \"100ms\"\n".into(),
         ..PairOptions::new(MachineKind::Kvm)
     };
     let mut pair = Pair::prepare(artifacts, &options)?;
     pair.start_protected()?;
     let patience = PATIENCE + Duration::from_secs(plan.seconds.into());
     let mut guest = Connection::open(pair.network().client(), patience)?;
-    let mut samples: Vec<Vec<[LoadReport; 2]>> = vec![Vec::new(); LOADS.len()];
-    let mut repeated = vec![0; LOADS.len()];
+    let mut samples: Vec<Vec<[LoadReport; 2]>> = vec![Vec::new(); loads.len()];
+    let mut repeated = vec![0; loads.len()];
     // The first is not counted: the image gets its blocks.
     for run in 0..=plan.runs {
         progress(&format!("run {run} of {}{}", plan.runs, if run == 0 { " (not counted)" } else { "" }));
@@ -141,7 +148,7 @@ pub fn run(plan: &Plan, mut progress: impl FnMut(&str)) -> Result<Report, BenchE
         // Each mode is the first one as often as the other.
         let order = if run % 2 == 0 { [Mode::Solo, Mode::Protected] } else { [Mode::Protected, Mode::Solo] };
         for mode in order {
-            let reports = in_mode(&mut pair, &mut guest, mode, plan.seconds, &mut repeated)?;
+            let reports = in_mode(&mut pair, &mut guest, (mode, plan.seconds), &loads, &mut repeated)?;
             of_mode[usize::from(mode == Mode::Protected)] = reports;
         }
         let [solo, protected] = of_mode;
@@ -151,7 +158,7 @@ pub fn run(plan: &Plan, mut progress: impl FnMut(&str)) -> Result<Report, BenchE
             }
         }
     }
-    let rows = LOADS.iter().zip(&samples).zip(repeated).map(|((load, samples), repeated)| row(load, samples, repeated));
+    let rows = loads.iter().zip(&samples).zip(repeated).map(|((load, samples), repeated)| row(load, samples, repeated));
     Ok(Report {
         schema: SCHEMA,
         machine: host_description(),
@@ -163,18 +170,18 @@ pub fn run(plan: &Plan, mut progress: impl FnMut(&str)) -> Result<Report, BenchE
     })
 }
 
-/// All loads in one mode.
+/// All loads in one mode, each for so many seconds.
 fn in_mode(
     pair: &mut Pair,
     guest: &mut Connection,
-    mode: Mode,
-    seconds: u32,
+    (mode, seconds): (Mode, u32),
+    loads: &[Load],
     repeated: &mut [u32],
 ) -> Result<Vec<LoadReport>, BenchError> {
     enter(pair, mode)?;
     let time = format!("{seconds}s");
     let mut reports = Vec::new();
-    for (load, repeated) in LOADS.iter().zip(repeated) {
+    for (load, repeated) in loads.iter().zip(repeated) {
         let words: Vec<&str> = [load.pattern, &time].into_iter().chain(load.words.iter().copied()).collect();
         let mut attempts = 0;
         loop {

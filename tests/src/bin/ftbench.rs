@@ -53,6 +53,9 @@ enum What {
         /// Time between two checkpoints, as in `pair.toml`.
         #[arg(long, default_value = "25ms")]
         epoch: String,
+        /// Only loads whose names contain this.
+        #[arg(long, default_value = "")]
+        only: String,
         /// Writes the result here, too.
         #[arg(long)]
         json: Option<PathBuf>,
@@ -89,8 +92,8 @@ fn measure(Args { what }: Args) -> anyhow::Result<()> {
             let report = pause::run(&grid, &kernel, progress)?;
             say(&report.table(), &report, json.as_deref())
         }
-        What::Disk { runs, seconds, disk, epoch, json } => {
-            let plan = disk::Plan { runs, seconds, disk_bytes: disk, epoch };
+        What::Disk { runs, seconds, disk, epoch, only, json } => {
+            let plan = disk::Plan { runs, seconds, disk_bytes: disk, epoch, only };
             let report = disk::run(&plan, progress)?;
             say(&report.table(), &report, json.as_deref())
         }
