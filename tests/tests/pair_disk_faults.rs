@@ -5,12 +5,13 @@
 
 use std::cell::Cell;
 use std::fs::{self, File};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use primary::disk::{DirtyMap, DiskIdentity, open_image, open_storage};
+use primary::disk::{DirtyMap, DiskIdentity, Journal, open_image, open_storage};
 use replication_proto::{Incarnation, VmId};
 use tests::real::artifacts::Artifacts;
 use tests::real::load::LoadReport;
@@ -266,6 +267,10 @@ fn owner_s_image_shrinks_while_it_runs() {
     });
 }
 
+fn absent(error: io::Error) -> io::Result<()> {
+    if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) }
+}
+
 fn shrink(image: &Path, bytes: u64) -> Result<()> {
     let file = File::options().write(true).open(image).map_err(Error::io("cannot open an image"))?;
     file.set_len(bytes).map_err(Error::io("cannot change an image's length"))
@@ -470,6 +475,13 @@ fn image_or_map_of_another_vm_or_disk() {
             assert_eq!(fs::read(map_of(&path)).map_err(Error::io("a map"))?, map, "the map is as it was");
             fs::write(map_of(&path), vec![7; map.len()]).map_err(Error::io("a map"))?;
             assert_refuses(pair, who, &plain, 29, "move it away to have the whole disk compared anew")?;
+            fs::remove_file(map_of(&path)).map_err(Error::io("a map"))?;
+            let file = pair.dir().join(who.0.as_str()).join("journal");
+            fs::remove_file(&file).or_else(absent).map_err(Error::io("a journal"))?;
+            let storage = open_storage(&file).map_err(Error::io("a journal"))?;
+            let made = Journal::open_or_create(storage, file, VmId(7), 1);
+            drop(made.map_err(|e| Error::answer("a journal", e.to_string()))?);
+            assert_refuses(pair, who, &plain, 29, "journal")?;
         }
         Ok(())
     });
