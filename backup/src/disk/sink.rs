@@ -234,10 +234,15 @@ impl<T: FnMut(SinkEvent)> Turn<T> {
             // A new synchronisation begins anew, whatever failed before.
             Command::Hollow => {
                 self.said = None;
-                self.worker.hollow()?;
+                let waiting = self.worker.waiting_bytes();
+                let begun = self.worker.hollow();
+                // They count in the backlog until somebody says that they do not wait any more.
+                self.progress(waiting - self.worker.waiting_bytes());
+                begun?;
                 self.failed = false;
             }
             // The answer to everything until then was a failure.
+            Command::Commit(_, changes) if self.failed => self.progress(changes.weight()),
             _ if self.failed => {}
             Command::Raise(disk, blocks) => self.worker.raise(disk, &blocks)?,
             Command::Put(change) => self.worker.put(&change)?,

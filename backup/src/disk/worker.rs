@@ -144,6 +144,11 @@ impl Worker {
         &self.flow
     }
 
+    /// Bytes of changes that are committed and not applied, as [`Self::step`] counts them.
+    pub fn waiting_bytes(&self) -> usize {
+        self.records.iter().map(Record::weight).sum()
+    }
+
     /// Whether a committed change is lost: such a standby must not be activated.
     pub fn is_lost(&self) -> bool {
         self.lost
