@@ -149,7 +149,11 @@ fn hashes_here(images: &[Arc<dyn Disk>], hashes: &PieceHashes) -> io::Result<Pie
     hash_disk(&**image, Part { of: hashes.of, first: hashes.first, count })
 }
 
-fn compare(images: &[Arc<dyn Disk>], ask: &PieceHashes) -> io::Result<PiecesWanted> {
+/// Which of these pieces differ in the images.
+///
+/// # Errors
+/// The host's, or there are no such pieces.
+pub fn compare(images: &[Arc<dyn Disk>], ask: &PieceHashes) -> io::Result<PiecesWanted> {
     let ours = hashes_here(images, ask)?;
     let wanted = ask.hashes.iter().zip(&ours.hashes).map(|(theirs, ours)| theirs != ours).collect();
     Ok(PiecesWanted { of: ask.of, first: ask.first, wanted })

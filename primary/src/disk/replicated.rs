@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
+use replication_proto::mutant::{self, Mutant};
 use vmm::disk::{ByteRange, Disk};
 
 use super::{DirtyMap, DiskChange, DiskContent, DiskLog, MAX_DISK_CHANGE_BYTES, MAX_DISK_ZERO_BYTES};
@@ -162,12 +163,18 @@ impl ReplicatedDisk {
         change: impl FnOnce() -> io::Result<()>,
         logged: impl FnOnce() -> Vec<DiskChange>,
     ) -> io::Result<()> {
-        self.map.touched(range, self.log.running())?;
+        let late = mutant::is(Mutant::BitAfterWrite);
+        if !late {
+            self.map.touched(range, self.log.running())?;
+        }
         if let Err(error) = change() {
             // Old, new or a mixture, and in no log: the bits stay until a synchronisation.
             self.map.touched(range, None).ok();
             self.fail(what, &error);
             return Err(error);
+        }
+        if late {
+            self.map.touched(range, self.log.running())?;
         }
         if self.log.running().is_some() {
             self.log.append(logged());
@@ -203,7 +210,7 @@ impl Disk for ReplicatedDisk {
         }
         self.first.prepare()?;
         self.log.wait_for_room();
-        self.map.mark(range)
+        if mutant::is(Mutant::BitAfterWrite) { Ok(()) } else { self.map.mark(range) }
     }
 
     fn write(&self, offset: u64, from: &[u8]) -> io::Result<()> {

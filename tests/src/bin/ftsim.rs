@@ -61,6 +61,9 @@ struct Report {
     solo_for_loss: u64,
     protections: u64,
     refused_connections: u64,
+    flushes: u64,
+    disks_synchronised: u64,
+    power_cuts_imagined: u64,
     violations: Vec<String>,
 }
 
@@ -155,24 +158,28 @@ fn live(args: &Args, number: u64) -> Outcome {
 }
 
 /// The rules that live where the explorer does not look, in the stream and around memory, and a few that both catch; each with a seed that noticed it
-/// once and is tried first.
+/// once and is tried first, and whether its guests have a disk.
 #[cfg(feature = "mutants")]
-const BROKEN: [(replication_proto::mutant::Mutant, u64); 13] = {
+const BROKEN: [(replication_proto::mutant::Mutant, u64, bool); 17] = {
     use replication_proto::mutant::Mutant;
     [
-        (Mutant::RetireOnSend, 0),
-        (Mutant::GateOpensOnLinkLoss, 0),
-        (Mutant::AckGenerationUnchecked, 74),
-        (Mutant::AckOfAnyIncarnation, 174),
-        (Mutant::DirtyClearedAfterCopy, 20),
-        (Mutant::DeltaIntoStandby, 584),
-        (Mutant::AckAfterPromotion, 7),
-        (Mutant::SoloWithoutCas, 0),
-        (Mutant::TakeoverWithoutCas, 0),
-        (Mutant::InSyncBeforeHolding, 0),
-        (Mutant::UncertainSyncIsFailure, 253),
-        (Mutant::IsolatedRejoins, 0),
-        (Mutant::PauseForEver, 0),
+        (Mutant::RetireOnSend, 0, false),
+        (Mutant::GateOpensOnLinkLoss, 0, false),
+        (Mutant::AckGenerationUnchecked, 74, false),
+        (Mutant::AckOfAnyIncarnation, 174, false),
+        (Mutant::DirtyClearedAfterCopy, 20, false),
+        (Mutant::DeltaIntoStandby, 584, false),
+        (Mutant::AckAfterPromotion, 7, false),
+        (Mutant::SoloWithoutCas, 0, false),
+        (Mutant::TakeoverWithoutCas, 0, false),
+        (Mutant::InSyncBeforeHolding, 0, false),
+        (Mutant::UncertainSyncIsFailure, 253, false),
+        (Mutant::IsolatedRejoins, 0, false),
+        (Mutant::PauseForEver, 0, false),
+        (Mutant::AckBeforeStable, 0, true),
+        (Mutant::BitAfterWrite, 0, true),
+        (Mutant::BaseBeforeImage, 0, true),
+        (Mutant::ReturnersBitsIgnored, 0, true),
     ]
 };
 
@@ -182,12 +189,12 @@ fn mutants(args: &Args) -> bool {
     use replication_proto::mutant::activate;
     std::panic::set_hook(Box::new(|_| {}));
     let mut survivors = 0;
-    for (mutant, hint) in BROKEN {
+    for (mutant, hint, disk) in BROKEN {
         let began = Instant::now();
         activate(Some(mutant));
         let seeds = std::iter::once(hint).chain(args.first_seed..args.first_seed + args.seeds);
         let caught = seeds.into_iter().find_map(|seed| {
-            let lived = std::panic::catch_unwind(|| World::live(Plan::draw(seed), false));
+            let lived = std::panic::catch_unwind(|| World::live(Plan::draw(seed).with_disk(disk), false));
             match lived {
                 Err(_) => Some((seed, 0, "an assert of the pair".to_owned())),
                 Ok(outcome) => {
@@ -246,6 +253,9 @@ fn report(args: &Args, sum: &Sum, threads: usize, wall: Duration) -> Report {
         protections,
         refusals,
         rejoins,
+        flushes,
+        disk_bases,
+        exams,
     } = sum.seen;
     #[expect(clippy::cast_precision_loss, reason = "a rate for people")]
     let rate = epochs as f64 / wall.as_secs_f64() / threads as f64;
@@ -269,6 +279,9 @@ fn report(args: &Args, sum: &Sum, threads: usize, wall: Duration) -> Report {
         solo_for_loss: solos,
         protections,
         refused_connections: refusals,
+        flushes,
+        disks_synchronised: disk_bases,
+        power_cuts_imagined: exams,
         violations: sum.violations.iter().map(|(_, text)| text.clone()).collect(),
     }
 }
@@ -291,6 +304,9 @@ fn print(report: &Report, args: &Args) {
         ("solo after a loss", report.solo_for_loss),
         ("protections", report.protections),
         ("connections refused", report.refused_connections),
+        ("flushes", report.flushes),
+        ("disks synchronised", report.disks_synchronised),
+        ("power cuts imagined", report.power_cuts_imagined),
     ];
     for (name, count) in lines {
         println!("  {name:<20} {count:>12}");

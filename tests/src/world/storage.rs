@@ -1,0 +1,332 @@
+//! What is on a simulated host's disks: an image, its map and a journal. They outlive processes; when the power fails, each sector that was
+//! written since the last sync keeps any of the contents that it had meanwhile.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use primary::disk::owner::DiskParts;
+use primary::disk::recover::Recoverable;
+use primary::disk::{DirtyMap, DiskIdentity, FirstChange, Journal, OwnerDisks, recover};
+use replication_proto::{Incarnation, VmId};
+use vmm::disk::{Disk, DiskImage, Storage};
+
+use super::guest::{PIECE_BYTES, PIECES};
+use crate::real::rng::Rng;
+
+/// Bytes of a journal: small, so that it often starts anew.
+pub const JOURNAL_BYTES: u64 = 192 << 10;
+
+const SECTOR: usize = 512;
+type Sector = [u8; SECTOR];
+
+/// What a host's storage answers instead of working.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trouble {
+    /// There is no space left.
+    Full,
+    /// Nothing can be written.
+    Writes,
+    /// Nothing can be synced.
+    Syncs,
+}
+
+/// The power and the health of a host's storage.
+#[derive(Default)]
+pub struct Supply(Mutex<Supplied>);
+
+#[derive(Default)]
+struct Supplied {
+    /// Changes until the power fails.
+    left: Option<u64>,
+    off: bool,
+    trouble: Option<Trouble>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Supply {
+    /// The power fails within the so-manieth change from now on.
+    pub fn cut_within(&self, changes: u64) {
+        lock(&self.0).left = Some(changes);
+    }
+
+    /// Whether it has failed.
+    pub fn is_off(&self) -> bool {
+        lock(&self.0).off
+    }
+
+    /// What is wrong from now on.
+    pub fn set_trouble(&self, trouble: Option<Trouble>) {
+        lock(&self.0).trouble = trouble;
+    }
+
+    /// Whether everything works.
+    pub fn is_well(&self) -> bool {
+        let supplied = lock(&self.0);
+        !supplied.off && supplied.trouble.is_none()
+    }
+
+    /// Power is there, and will be.
+    pub fn restore(&self) {
+        let mut supplied = lock(&self.0);
+        (supplied.off, supplied.left) = (false, None);
+    }
+
+    /// Something is about to be changed. False: the power fails within it.
+    fn spend(&self, is_sync: bool) -> io::Result<bool> {
+        let mut supplied = lock(&self.0);
+        if supplied.off {
+            return Err(io::Error::other("the power is off"));
+        }
+        match (supplied.trouble, is_sync) {
+            (Some(Trouble::Full), false) => return Err(io::Error::from_raw_os_error(28)),
+            (Some(Trouble::Writes), false) | (Some(Trouble::Syncs), true) => {
+                return Err(io::Error::from_raw_os_error(5));
+            }
+            _ => {}
+        }
+        match supplied.left {
+            Some(0) => {
+                supplied.off = true;
+                Ok(false)
+            }
+            left => {
+                supplied.left = left.map(|left| left - 1);
+                Ok(true)
+            }
+        }
+    }
+}
+
+/// One file.
+pub struct SimStorage {
+    supply: Arc<Supply>,
+    /// A sector may be cut within when the power fails.
+    torn: bool,
+    content: Mutex<Content>,
+}
+
+#[derive(Clone, Default)]
+struct Content {
+    bytes: Vec<u8>,
+    /// What sectors held before they were written, since the last sync: the oldest is on stable storage.
+    before: BTreeMap<usize, Vec<Sector>>,
+    /// The same of the length.
+    lengths: Vec<usize>,
+}
+
+impl Content {
+    fn sector(&self, number: usize) -> Sector {
+        let mut sector = [0; SECTOR];
+        let there = self.bytes.get(number * SECTOR..).unwrap_or(&[]);
+        let count = there.len().min(SECTOR);
+        sector[..count].copy_from_slice(&there[..count]);
+        sector
+    }
+
+    fn write(&mut self, offset: usize, from: &[u8]) {
+        let end = offset + from.len();
+        for number in offset / SECTOR..end.div_ceil(SECTOR) {
+            let sector = self.sector(number);
+            self.before.entry(number).or_default().push(sector);
+        }
+        if end > self.bytes.len() {
+            self.lengths.push(self.bytes.len());
+            self.bytes.resize(end, 0);
+        }
+        self.bytes[offset..end].copy_from_slice(from);
+    }
+
+    /// The power fails.
+    fn lose(&mut self, torn: bool, rng: &mut Rng) {
+        let mut pick = |count: usize| usize::try_from(rng.range(0, count as u64)).expect("few");
+        for (number, mut versions) in std::mem::take(&mut self.before) {
+            versions.push(self.sector(number));
+            let mut kept = versions[pick(versions.len())];
+            if torn && pick(4) == 0 {
+                let (other, cut) = (versions[pick(versions.len())], pick(SECTOR));
+                kept[cut..].copy_from_slice(&other[cut..]);
+            }
+            let end = self.bytes.len().min((number + 1) * SECTOR);
+            if let Some(into) = self.bytes.get_mut(number * SECTOR..end) {
+                let count = into.len();
+                into.copy_from_slice(&kept[..count]);
+            }
+        }
+        let mut lengths = std::mem::take(&mut self.lengths);
+        lengths.push(self.bytes.len());
+        let length = lengths[pick(lengths.len())];
+        self.bytes.resize(length, 0);
+    }
+}
+
+impl SimStorage {
+    fn change(&self, is_sync: bool, act: impl FnOnce(&mut Content)) -> io::Result<()> {
+        let goes_on = self.supply.spend(is_sync)?;
+        // Of a sync that the power failed in, nothing is certain.
+        if goes_on || !is_sync {
+            act(&mut lock(&self.content));
+        }
+        if goes_on { Ok(()) } else { Err(io::Error::other("the power has failed")) }
+    }
+
+    /// What is in it, synced or not.
+    pub fn bytes(&self) -> Vec<u8> {
+        lock(&self.content).bytes.clone()
+    }
+}
+
+fn index(at: u64) -> usize {
+    usize::try_from(at).expect("a small file")
+}
+
+impl Storage for SimStorage {
+    fn len(&self) -> io::Result<u64> {
+        Ok(lock(&self.content).bytes.len() as u64)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.change(false, |content| {
+            content.lengths.push(content.bytes.len());
+            content.bytes.resize(index(len), 0);
+        })
+    }
+
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        if self.supply.is_off() {
+            return Err(io::Error::other("the power is off"));
+        }
+        let content = lock(&self.content);
+        let from = content.bytes.get(index(offset)..index(offset) + into.len());
+        into.copy_from_slice(from.ok_or(io::ErrorKind::UnexpectedEof)?);
+        Ok(())
+    }
+
+    fn write_at(&self, offset: u64, from: &[u8]) -> io::Result<()> {
+        self.change(false, |content| content.write(index(offset), from))
+    }
+
+    fn zero(&self, offset: u64, len: u64, _may_unmap: bool) -> io::Result<()> {
+        self.write_at(offset, &vec![0; index(len)])
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.change(true, |content| {
+            content.before.clear();
+            content.lengths.clear();
+        })
+    }
+}
+
+/// The files of one host.
+pub struct HostFiles {
+    /// Their power.
+    pub supply: Arc<Supply>,
+    image: Arc<SimStorage>,
+    map: Arc<SimStorage>,
+    journal: Arc<SimStorage>,
+}
+
+/// The files, opened by a process.
+pub struct OpenDisks {
+    /// For a side that runs the guest.
+    pub owner: Arc<OwnerDisks>,
+    /// For a side that waits; taken by it.
+    pub waiting: Option<(Vec<Recoverable>, Journal)>,
+    due: Due,
+}
+
+type Due = Arc<Mutex<Option<Box<dyn FnOnce() -> io::Result<()> + Send>>>>;
+
+impl OpenDisks {
+    /// The guest is about to run here: this is due before its first change of a disk.
+    pub fn before_first_change(&self, due: impl FnOnce() -> io::Result<()> + Send + 'static) {
+        *lock(&self.due) = Some(Box::new(due));
+    }
+
+    /// What the machine works on.
+    pub fn for_machine(&self) -> Arc<dyn Disk> {
+        self.owner.for_machine().swap_remove(0)
+    }
+}
+
+impl HostFiles {
+    /// An image full of zeroes.
+    pub fn new() -> Self {
+        let supply = Arc::new(Supply::default());
+        let file = |len: u64, torn| {
+            let content = Content { bytes: vec![0; index(len)], ..Content::default() };
+            Arc::new(SimStorage { supply: Arc::clone(&supply), torn, content: Mutex::new(content) })
+        };
+        let (image, map, journal) = (file(PIECES * PIECE_BYTES, false), file(0, true), file(0, true));
+        Self { supply, image, map, journal }
+    }
+
+    fn each(&self) -> [&Arc<SimStorage>; 3] {
+        [&self.image, &self.map, &self.journal]
+    }
+
+    /// The power fails, if it has not, and will be there again.
+    pub fn lose(&self, rng: &mut Rng) {
+        for file in self.each() {
+            lock(&file.content).lose(file.torn, rng);
+        }
+        self.supply.restore();
+    }
+
+    /// What the files might be if the power failed now.
+    pub fn survivors(&self, rng: &mut Rng) -> Self {
+        let supply = Arc::new(Supply::default());
+        let [image, map, journal] = self.each().map(|file| {
+            let content = Mutex::new(lock(&file.content).clone());
+            Arc::new(SimStorage { supply: Arc::clone(&supply), torn: file.torn, content })
+        });
+        let survivors = Self { supply, image, map, journal };
+        survivors.lose(rng);
+        survivors
+    }
+
+    /// The image.
+    pub fn image(&self) -> Vec<u8> {
+        self.image.bytes()
+    }
+
+    /// As a process does when it starts: everything is opened, and what the journal holds is put into the image.
+    ///
+    /// # Errors
+    /// What failed.
+    pub fn open(&self, me: Incarnation) -> Result<OpenDisks, String> {
+        let vm = VmId(0x51);
+        let (image, map, journal): (Arc<dyn Storage>, Arc<dyn Storage>, Arc<dyn Storage>) =
+            (Arc::clone(&self.image) as _, Arc::clone(&self.map) as _, Arc::clone(&self.journal) as _);
+        let image = DiskImage::over(image, Path::new("image"), None, false).map_err(|e| e.to_string())?;
+        let image: Arc<dyn Disk> = Arc::new(image);
+        let identity = DiskIdentity { vm, name: "data".into(), bytes: image.bytes() };
+        let map = DirtyMap::open_or_create(map, Arc::clone(&image), identity, me).map_err(|e| e.to_string())?;
+        let map = Arc::new(map);
+        let origin = u64::try_from((me.0 >> 32) & u128::from(u64::MAX)).expect("masked");
+        let mut journal = Journal::open_or_create(journal, "journal".into(), vm, origin).map_err(|e| e.to_string())?;
+        let disks = vec![Recoverable { image: Arc::clone(&image), map: Arc::clone(&map) }];
+        recover(&disks, &mut journal, JOURNAL_BYTES).map_err(|e| e.to_string())?;
+        let due = Due::default();
+        let slot = Arc::clone(&due);
+        let first = FirstChange::after(move || {
+            let due = lock(&slot).take();
+            due.map_or(Ok(()), |due| due())
+        });
+        let parts = vec![DiskParts { name: "data".into(), image, map }];
+        // One thread writes and takes checkpoints: it never waits for itself.
+        let owner = Arc::new(OwnerDisks::without_thread(parts, usize::MAX, first));
+        Ok(OpenDisks { owner, waiting: Some((disks, journal)), due })
+    }
+}
+
+impl Default for HostFiles {
+    fn default() -> Self {
+        Self::new()
+    }
+}
