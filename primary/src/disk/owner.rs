@@ -114,8 +114,14 @@ impl OwnerDisks {
     }
 
     /// Changes are logged from now on, in the running epoch `first`.
+    ///
+    /// That epoch counts as holding a flush: the base carries what the guest was told of before, so it is acknowledged only when the other side has
+    /// all of it on stable storage.
     pub fn begin_log(&self, first: Epoch) {
         self.shared.log.on(first);
+        if !self.disks.is_empty() {
+            self.shared.log.mark_flushed();
+        }
     }
 
     /// Protection, or the attempt at it, has ended: nothing is logged, and no bit goes.
