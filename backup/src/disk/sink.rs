@@ -237,7 +237,10 @@ impl<T: FnMut(SinkEvent)> Turn<T> {
                 let waiting = self.worker.waiting_bytes();
                 let begun = self.worker.hollow();
                 // They count in the backlog until somebody says that they do not wait any more.
-                self.progress(waiting - self.worker.waiting_bytes());
+                let drained = waiting - self.worker.waiting_bytes();
+                if drained > 0 {
+                    self.progress(drained);
+                }
                 begun?;
                 self.failed = false;
             }
@@ -423,6 +426,19 @@ mod tests {
         let maps = rig.sink.maps().to_vec();
         assert!(rig.sink.finish().is_err(), "it is hollow");
         assert_eq!(maps[0].base(), Some(point(9)));
+    }
+
+    #[test]
+    fn what_a_synchronisation_drains_does_not_wait_any_more() {
+        let rig = rig();
+        rig.sink.based(point(1));
+        rig.sink.commit(point(2), change(1, false));
+        rig.sink.hollow();
+        let weight = change(1, false).weight();
+        let event = rig.until(|event| matches!(event, SinkEvent::Progress { applied, .. } if *applied > 0));
+        assert!(matches!(event, SinkEvent::Progress { applied, .. } if applied == weight), "{event:?}");
+        rig.sink.settle();
+        assert_eq!(rig.byte(), 1);
     }
 
     #[test]

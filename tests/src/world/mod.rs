@@ -367,8 +367,8 @@ impl World {
                 self.env.at(self.env.now, Event::Resume(node));
             }
             self.env.at(self.env.now + MS, Event::Start(node));
-            // A pause ends by itself.
-            if self.plan.kinds.contains(&Kind::Unprotect) {
+            // A pause ends by itself. Worlds without drawn faults are struck by hand, with anything.
+            if self.plan.kinds.is_empty() || self.plan.kinds.contains(&Kind::Unprotect) {
                 self.strike(Fault::Command(node, failover::decide::Command::Protect));
             }
         }
