@@ -33,10 +33,10 @@ impl DiskKeeper {
         let Some(Waiting { disks, journal }) = disks else { return Ok(Self { sink: None, link }) };
         let told = link.clone();
         let sink = DiskSink::start(disks, journal, journal_limit, move |event| match event {
-            SinkEvent::Based(point) => told.tell(News::Stable { ackable: point.epoch, durable: point.epoch }),
+            SinkEvent::Based(point) => told.tell(News::Stable { ackable: point, durable: point }),
             SinkEvent::Progress { ackable, durable, applied } => {
                 told.tell(News::Applied(applied));
-                told.tell(News::Stable { ackable, durable: durable.epoch });
+                told.tell(News::Stable { ackable, durable });
             }
             SinkEvent::Failed { why, lost } => told.tell(News::DiskFailed { why, lost }),
         })?;

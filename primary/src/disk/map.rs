@@ -255,6 +255,10 @@ impl DirtyMap {
     /// The host's.
     pub fn still_ours(&self) -> io::Result<bool> {
         let mut state = self.exclusive(self.lock());
+        if let Some(why) = &state.broken {
+            // What is in the file then is a header that nobody relies on: that is no other process.
+            return Err(broken(why));
+        }
         state.writing = true;
         let header = state.header.clone();
         drop(state);

@@ -307,7 +307,9 @@ impl SimMachine {
     }
 
     fn set_disk(&mut self, change: impl FnOnce(&mut DiskRegisters)) {
-        self.registers.disk.as_mut().map_or((), change);
+        if let Some(disk) = &mut self.registers.disk {
+            change(disk);
+        }
         self.store();
     }
 

@@ -8,7 +8,7 @@ use backup::disk::keeper::compare;
 use backup::disk::{Retire, SinkError, Worker};
 use backup::intake::Question;
 use primary::disk::recover::Recoverable;
-use primary::disk::{DirtyMap, DiskChange, DiskChanges, Epoch, Journal, Point};
+use primary::disk::{DirtyMap, DiskChange, DiskChanges, Journal, Point};
 use replication_proto::limits::MAX_DIRTY_BYTES;
 use replication_proto::{CheckpointKind, DiskStanding, PieceHashes, PiecesWanted};
 
@@ -31,7 +31,7 @@ pub enum News {
     /// The answer to a question.
     Compared(Question, PiecesWanted),
     /// What may be acknowledged, and what a power cut leaves.
-    Stable(Epoch, Epoch),
+    Stable(Point, Point),
     /// Nothing more is acknowledged; whether something committed is lost.
     Failed(String, bool),
 }
@@ -42,7 +42,7 @@ pub struct Keeper {
     maps: Vec<Arc<DirtyMap>>,
     queue: VecDeque<Command>,
     failed: bool,
-    said: Option<(Epoch, Point)>,
+    said: Option<(Point, Point)>,
 }
 
 impl Keeper {
@@ -130,7 +130,7 @@ impl Keeper {
                 news.push(News::Applied(weight));
                 self.worker.based(point)?;
                 news.push(News::Based(point));
-                news.push(News::Stable(point.epoch, point.epoch));
+                news.push(News::Stable(point, point));
             }
             Command::Commit(point, changes) => {
                 self.worker.commit(point, changes, now);
@@ -154,11 +154,12 @@ impl Keeper {
     }
 
     fn progress(&mut self, applied: usize, news: &mut Vec<News>) {
-        let now = (self.worker.flow().ackable(), self.worker.flow().durable());
+        let flow = self.worker.flow();
+        let now = (Point { epoch: flow.ackable(), ..flow.committed() }, flow.durable());
         if applied > 0 || self.said != Some(now) {
             self.said = Some(now);
             news.push(News::Applied(applied));
-            news.push(News::Stable(now.0, now.1.epoch));
+            news.push(News::Stable(now.0, now.1));
         }
     }
 

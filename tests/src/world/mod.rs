@@ -44,6 +44,8 @@ const SECOND: Nanos = 1_000 * MS;
 const UNACKNOWLEDGED: Nanos = 5 * SECOND;
 /// How long a pair may take to be whole again when nothing fails any more.
 const RECOVERY: Nanos = 120 * SECOND;
+/// After so long, a person starts those processes again whose files failed.
+const OPERATOR_PATIENCE: Nanos = 15 * SECOND;
 /// A client that got no answer asks again.
 const CLIENT_PATIENCE: Nanos = 200 * MS;
 
@@ -335,17 +337,30 @@ impl World {
         self.env.note(|| "everything is put right".into());
         self.heal();
         let deadline = self.env.now + RECOVERY;
+        let mut operator_at = Some(self.env.now + OPERATOR_PATIENCE);
         while self.env.now < deadline && self.env.ghost.violation().is_none() {
             let before = self.env.ghost.seen.answers;
             self.run_until(self.env.now + 250 * MS);
             if self.is_whole() && self.env.ghost.seen.answers > before {
                 return;
             }
+            if operator_at.take_if(|at| *at <= self.env.now).is_some() {
+                self.start_failed_again();
+            }
         }
         if self.env.ghost.violation().is_none() && !self.env.register.rolled_back {
             let states = [self.state(0), self.state(1)];
             let record = self.env.register.record().cloned();
             self.env.ghost.broken("liveness", format!("not whole again: {states:?}, {record:?}"));
+        }
+    }
+
+    /// A process that saw a sync fail never trusts that file again: a person starts it anew.
+    fn start_failed_again(&mut self) {
+        for node in 0..2 {
+            if self.env.hosts.as_ref().is_some_and(|hosts| hosts[node].supply.has_failed()) {
+                self.strike(Fault::Kill(node));
+            }
         }
     }
 
@@ -606,6 +621,7 @@ impl World {
     fn open_disks(&mut self, node: usize, me: Incarnation) -> Result<Option<OpenDisks>, ()> {
         let Some(hosts) = &self.env.hosts else { return Ok(None) };
         let well = hosts[node].supply.is_well();
+        hosts[node].evict(&mut self.env.disk_rng);
         hosts[node].open(me).map(Some).map_err(|why| {
             self.env.note(|| format!("{} cannot use its disks: {why}", node_name(node)));
             if well && !self.env.is_dark(node) {

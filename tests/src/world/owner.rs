@@ -392,13 +392,15 @@ impl OwnerPart {
         let Doing::Copying { session, first, memory, disks, few } = &mut self.doing else { return };
         let (session, first) = (*session, *first);
         let Some(link) = self.link.as_mut().filter(|link| !link.closed && link.session == session) else {
-            return self.fail(base, env);
+            return self.fail("no link", base, env);
         };
         if let Some(disks) = disks.as_mut().filter(|_| memory.is_none() || *few) {
-            if self.parts.disks.take_failure().is_some() {
-                return self.fail(base, env);
+            if let Some(failure) = self.parts.disks.take_failure() {
+                return self.fail(&failure.to_string(), base, env);
             }
-            let Ok(step) = disks.next_step(&*self.parts.disks, *few) else { return self.fail(base, env) };
+            let Ok(step) = disks.next_step(&*self.parts.disks, *few) else {
+                return self.fail("an image cannot be read", base, env);
+            };
             let sent = match step {
                 DiskStep::Ask(ask) => link.stream.hashes(&ask),
                 DiskStep::Send(pieces) => pieces.iter().try_for_each(|piece| link.stream.disk_piece(piece)),
@@ -438,7 +440,7 @@ impl OwnerPart {
 
     fn sent_piece(&mut self, well: bool, base: &mut Base, env: &mut Env) {
         if !well {
-            return self.fail(base, env);
+            return self.fail("the stream is over", base, env);
         }
         self.transmit(env);
         self.schedule(base, env);
@@ -446,7 +448,9 @@ impl OwnerPart {
 
     /// What is left goes with the checkpoint that ends the base.
     fn end_base(&mut self, session: Session, first: Epoch, base: &mut Base, env: &mut Env) {
-        let Some(checkpoint) = self.take(first, Afterwards::RunsOn, base, env) else { return self.fail(base, env) };
+        let Some(checkpoint) = self.take(first, Afterwards::RunsOn, base, env) else {
+            return self.fail("no checkpoint", base, env);
+        };
         env.ghost.base_sealed(base.who, first.0);
         let Some(link) = &mut self.link else { return };
         let sent = link.stream.end(checkpoint);
@@ -472,7 +476,8 @@ impl OwnerPart {
 
     /// The real checkpoint, steps 2 to 7.
     fn take(&mut self, epoch: Epoch, afterwards: Afterwards, base: &Base, env: &mut Env) -> Option<StagedCheckpoint> {
-        if self.parts.disks.take_failure().is_some() {
+        if let Some(failure) = self.parts.disks.take_failure() {
+            env.note(|| format!("{}: {failure}", base.me));
             return None;
         }
         let staged = stage(&mut self.machine, &self.parts, epoch, afterwards).ok()?.0;
@@ -488,7 +493,7 @@ impl OwnerPart {
         let Doing::Epochs { session, .. } = &self.doing else { return };
         let session = *session;
         match self.has_room() {
-            None => return self.fail(base, env),
+            None => return self.fail("no link", base, env),
             Some(false) if afterwards == Afterwards::RunsOn => return self.wait_for_room(session, base, env),
             Some(_) => {}
         }
@@ -500,10 +505,12 @@ impl OwnerPart {
         let epoch = self.last.next();
         self.last = epoch;
         self.running_epoch = epoch.next();
-        let Some(checkpoint) = self.take(epoch, afterwards, base, env) else { return self.fail(base, env) };
+        let Some(checkpoint) = self.take(epoch, afterwards, base, env) else {
+            return self.fail("no checkpoint", base, env);
+        };
         let sent = self.link.as_mut().map(|link| link.stream.checkpoint(checkpoint));
         if !matches!(sent, Some(Ok(()))) {
-            return self.fail(base, env);
+            return self.fail("the stream is over", base, env);
         }
         self.transmit(env);
         if afterwards == Afterwards::StaysStopped {
@@ -519,7 +526,8 @@ impl OwnerPart {
     }
 
     /// Protection cannot go on.
-    fn fail(&mut self, base: &mut Base, env: &mut Env) {
+    fn fail(&mut self, why: &str, base: &mut Base, env: &mut Env) {
+        env.note(|| format!("{} cannot protect: {why}", base.me));
         self.doing = Doing::Nothing;
         self.parts.disks.end_log();
         self.close_link(LinkLoss::Local, base, env);
@@ -574,7 +582,7 @@ impl OwnerPart {
                 let mut disks = None;
                 if base.disks.is_some() {
                     if !self.parts.disks.still_ours().unwrap_or(false) {
-                        return self.fail(base, env);
+                        return self.fail("a map is not ours", base, env);
                     }
                     self.parts.disks.begin_log(first);
                     let blocks = blocks_to_look_at(&self.parts.disks, &link.standing);
@@ -588,7 +596,7 @@ impl OwnerPart {
                 });
                 self.doing = Doing::Copying { session, first, memory, disks, few: false };
                 if begun.is_err() {
-                    return self.fail(base, env);
+                    return self.fail("the stream is over", base, env);
                 }
                 self.schedule(base, env);
             }

@@ -42,6 +42,8 @@ struct Supplied {
     left: Option<u64>,
     off: bool,
     trouble: Option<Trouble>,
+    /// Something failed since a process last opened the files.
+    failed: bool,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -70,6 +72,11 @@ impl Supply {
         !supplied.off && supplied.trouble.is_none()
     }
 
+    /// Whether something failed since a process last opened the files: it may have to be started again before it trusts them.
+    pub fn has_failed(&self) -> bool {
+        lock(&self.0).failed
+    }
+
     /// Power is there, and will be.
     pub fn restore(&self) {
         let mut supplied = lock(&self.0);
@@ -82,12 +89,14 @@ impl Supply {
         if supplied.off {
             return Err(io::Error::other("the power is off"));
         }
-        match (supplied.trouble, is_sync) {
-            (Some(Trouble::Full), false) => return Err(io::Error::from_raw_os_error(28)),
-            (Some(Trouble::Writes), false) | (Some(Trouble::Syncs), true) => {
-                return Err(io::Error::from_raw_os_error(5));
-            }
-            _ => {}
+        let refused = match (supplied.trouble, is_sync) {
+            (Some(Trouble::Full), false) => Some(28),
+            (Some(Trouble::Writes), false) | (Some(Trouble::Syncs), true) => Some(5),
+            _ => None,
+        };
+        if let Some(errno) = refused {
+            supplied.failed = true;
+            return Err(io::Error::from_raw_os_error(errno));
         }
         match supplied.left {
             Some(0) => {
@@ -115,6 +124,8 @@ struct Content {
     bytes: Vec<u8>,
     /// What sectors held before they were written, since the last sync: the oldest is on stable storage.
     before: BTreeMap<usize, Vec<Sector>>,
+    /// The same of sectors that a sync failed to write: the host believes them to be clean, and no later sync writes them.
+    doubtful: BTreeMap<usize, Vec<Sector>>,
     /// The same of the length.
     lengths: Vec<usize>,
 }
@@ -132,7 +143,9 @@ impl Content {
         let end = offset + from.len();
         for number in offset / SECTOR..end.div_ceil(SECTOR) {
             let sector = self.sector(number);
-            self.before.entry(number).or_default().push(sector);
+            let versions = self.before.entry(number).or_default();
+            versions.extend(self.doubtful.remove(&number).into_iter().flatten());
+            versions.push(sector);
         }
         if end > self.bytes.len() {
             self.lengths.push(self.bytes.len());
@@ -141,8 +154,31 @@ impl Content {
         self.bytes[offset..end].copy_from_slice(from);
     }
 
+    /// A sync fails.
+    fn doubt(&mut self) {
+        for (number, versions) in std::mem::take(&mut self.before) {
+            self.doubtful.entry(number).or_default().extend(versions);
+        }
+    }
+
+    /// Nobody has the file open: what the host failed to write may be read from the disk again.
+    fn evict(&mut self, rng: &mut Rng) {
+        for (number, mut versions) in std::mem::take(&mut self.doubtful) {
+            versions.push(self.sector(number));
+            let kept = versions[usize::try_from(rng.range(0, versions.len() as u64)).expect("few")];
+            let end = self.bytes.len().min((number + 1) * SECTOR);
+            if let Some(into) = self.bytes.get_mut(number * SECTOR..end) {
+                let count = into.len();
+                into.copy_from_slice(&kept[..count]);
+            }
+        }
+    }
+
     /// The power fails.
     fn lose(&mut self, torn: bool, rng: &mut Rng) {
+        for (number, versions) in std::mem::take(&mut self.doubtful) {
+            self.before.entry(number).or_default().extend(versions);
+        }
         let mut pick = |count: usize| usize::try_from(rng.range(0, count as u64)).expect("few");
         for (number, mut versions) in std::mem::take(&mut self.before) {
             versions.push(self.sector(number));
@@ -166,7 +202,12 @@ impl Content {
 
 impl SimStorage {
     fn change(&self, is_sync: bool, act: impl FnOnce(&mut Content)) -> io::Result<()> {
-        let goes_on = self.supply.spend(is_sync)?;
+        let goes_on = self.supply.spend(is_sync).inspect_err(|_| {
+            // Without power it makes no difference.
+            if is_sync {
+                lock(&self.content).doubt();
+            }
+        })?;
         // Of a sync that the power failed in, nothing is certain.
         if goes_on || !is_sync {
             act(&mut lock(&self.content));
@@ -276,6 +317,14 @@ impl HostFiles {
             lock(&file.content).lose(file.torn, rng);
         }
         self.supply.restore();
+    }
+
+    /// A process is about to open the files, and none has them open: what failed to be written is as it is on the disk.
+    pub fn evict(&self, rng: &mut Rng) {
+        for file in self.each() {
+            lock(&file.content).evict(rng);
+        }
+        lock(&self.supply.0).failed = false;
     }
 
     /// What the files might be if the power failed now.
