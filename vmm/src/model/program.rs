@@ -8,7 +8,7 @@ use super::disks::{Announcement, DiskFailure, Disks};
 use super::layout::Layout;
 use super::log;
 use super::options::ProgramOptions;
-use super::registers::{LAST_TIME, LogPhase, Registers};
+use super::registers::{LAST_TIME, LogPhase, Registers, count};
 use super::resp::Reply;
 use super::server;
 use super::store::Store;
@@ -177,7 +177,7 @@ impl ModelProgram {
         if let Err(Fault(reason)) = self.try_step(inbound, &mut step) {
             step.end = Some(End::Crashed(reason.into()));
         }
-        self.registers.frames_out += step.frames.len() as u64;
+        count(&mut self.registers.frames_out, step.frames.len() as u64);
         step.announce = self.disks.take_wanted();
         step
     }
@@ -193,7 +193,7 @@ impl ModelProgram {
         let mut table = Table::load(bus, layout)?;
         let mut tcp = Tcp { bus, layout, us: *us, port: *port, table: &mut table, frames: &mut step.frames };
         for frame in inbound {
-            registers.frames_in += 1;
+            count(&mut registers.frames_in, 1);
             match wire::parse(frame, *us) {
                 Some(Packet::ArpRequest(from)) => tcp.frames.push(wire::arp_reply(*us, from)),
                 Some(Packet::Echo(from, message)) => tcp.frames.push(wire::echo_reply(*us, from, message)),
@@ -270,9 +270,9 @@ fn run_load(bus: Bus<'_>, layout: &Layout, registers: &mut Registers) -> Result<
         let page = load.touches % load.pages;
         let word = value % (PAGE_SIZE as u64 / 8);
         bus.put_u64(layout.load + page * PAGE_SIZE as u64 + word * 8, value)?;
-        load.touches += 1;
+        count(&mut load.touches, 1);
     }
-    registers.load.done += touches;
+    count(&mut registers.load.done, touches);
     if touches < due {
         registers.load.since = registers.now;
         registers.load.done = 0;
@@ -292,7 +292,7 @@ fn run_beacon(us: Station, registers: &mut Registers, frames: &mut Vec<Vec<u8>>)
             payload.extend_from_slice(&value.to_le_bytes());
         }
         frames.push(wire::broadcast(us, BEACON_PORT, &payload));
-        registers.beacon.number += 1;
+        count(&mut registers.beacon.number, 1);
         // Counted from now: after a long stop there is one beacon and not one for each that was missed.
         registers.beacon.next = now + registers.beacon.every;
     }

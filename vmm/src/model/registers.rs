@@ -9,6 +9,11 @@ use crate::state::codec::{Decoder, Encoder, Malformed, Saved};
 const MAX_COUNT: u64 = 1 << 62;
 /// Guest time stands still from here on, a hundred years after boot.
 pub(super) const LAST_TIME: u64 = 1 << 61;
+/// Counts on, up to the greatest value that a saved state may hold: what a state that was accepted becomes is accepted too.
+pub(super) fn count(counter: &mut u64, by: u64) {
+    *counter = counter.saturating_add(by).min(MAX_COUNT - 1);
+}
+
 pub(super) const MILLISECOND: u64 = 1_000_000;
 
 /// The background load that dirties pages.
@@ -131,6 +136,9 @@ impl Registers {
         }
         if *now > LAST_TIME {
             return Err(Malformed::new("a clock that no machine reaches"));
+        }
+        if *every >= LAST_TIME || *next >= LAST_TIME + LAST_TIME {
+            return Err(Malformed::new("a beacon that no machine sends"));
         }
         if since > now {
             return Err(Malformed::new("a load that began in the future"));

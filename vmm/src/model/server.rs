@@ -5,7 +5,7 @@ use super::commands::{self, Call, Outcome};
 use super::disks::Disks;
 use super::layout::{Layout, RING};
 use super::program::End;
-use super::registers::Registers;
+use super::registers::{Registers, count};
 use super::resp::{self, Parsed, Reply};
 use super::store::{MAX_VALUE, Store};
 use super::tcb::{State, Table, Tcb, ring_read, ring_write};
@@ -99,7 +99,7 @@ impl Connection<'_> {
             if !self.queue(&reply.bytes)? {
                 break;
             }
-            registers.requests += 1;
+            count(&mut registers.requests, 1);
             used += took;
             self.tcb.closing = outcome == Outcome::Close;
             self.tcb.passive = self.tcb.closing && self.tcb.peer_closed;
