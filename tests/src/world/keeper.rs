@@ -12,8 +12,6 @@ use primary::disk::{DirtyMap, DiskChange, DiskChanges, Journal, Point};
 use replication_proto::limits::MAX_DIRTY_BYTES;
 use replication_proto::{CheckpointKind, DiskStanding, PieceHashes, PiecesWanted};
 
-use super::storage::JOURNAL_BYTES;
-
 enum Command {
     Hollow,
     Put(DiskChange),
@@ -46,10 +44,10 @@ pub struct Keeper {
 }
 
 impl Keeper {
-    /// Takes what recovery left.
-    pub fn new(disks: Vec<Recoverable>, journal: Journal) -> Self {
+    /// Takes what recovery left. Over `limit` bytes the journal starts anew.
+    pub fn new(disks: Vec<Recoverable>, journal: Journal, limit: u64) -> Self {
         let maps = disks.iter().map(|disk| Arc::clone(&disk.map)).collect();
-        let worker = Worker::new(disks, journal, JOURNAL_BYTES);
+        let worker = Worker::new(disks, journal, limit);
         Self { worker, maps, queue: VecDeque::new(), failed: false, said: None }
     }
 

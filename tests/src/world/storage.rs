@@ -2,6 +2,7 @@
 //! written since the last sync keeps any of the contents that it had meanwhile.
 
 use std::collections::BTreeMap;
+use std::hash::Hash;
 use std::io;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,6 +18,13 @@ use crate::real::rng::Rng;
 
 /// Bytes of a journal: small, so that it often starts anew.
 pub const JOURNAL_BYTES: u64 = 192 << 10;
+
+/// Which of so many contents a sector of a file keeps, or a file which of so many lengths (sector `None`); and whether it makes no difference.
+pub type Choice<'a> = dyn FnMut(&'static str, Option<usize>, usize, bool) -> usize + 'a;
+
+fn by_chance(rng: &mut Rng) -> impl FnMut(&'static str, Option<usize>, usize, bool) -> usize {
+    |_, _, count, _| usize::try_from(rng.range(0, count as u64)).expect("few")
+}
 
 const SECTOR: usize = 512;
 type Sector = [u8; SECTOR];
@@ -41,6 +49,8 @@ struct Supplied {
     /// Changes until the power fails.
     left: Option<u64>,
     off: bool,
+    /// Changes so far.
+    spent: u64,
     trouble: Option<Trouble>,
     /// Something failed since a process last opened the files.
     failed: bool,
@@ -59,6 +69,11 @@ impl Supply {
     /// Whether it has failed.
     pub fn is_off(&self) -> bool {
         lock(&self.0).off
+    }
+
+    /// Changes so far.
+    pub fn spent(&self) -> u64 {
+        lock(&self.0).spent
     }
 
     /// What is wrong from now on.
@@ -98,6 +113,7 @@ impl Supply {
             supplied.failed = true;
             return Err(io::Error::from_raw_os_error(errno));
         }
+        supplied.spent += 1;
         match supplied.left {
             Some(0) => {
                 supplied.off = true;
@@ -113,13 +129,14 @@ impl Supply {
 
 /// One file.
 pub struct SimStorage {
+    name: &'static str,
     supply: Arc<Supply>,
     /// A sector may be cut within when the power fails.
     torn: bool,
     content: Mutex<Content>,
 }
 
-#[derive(Clone, Default)]
+#[derive(Clone, Default, Hash)]
 struct Content {
     bytes: Vec<u8>,
     /// What sectors held before they were written, since the last sync: the oldest is on stable storage.
@@ -175,13 +192,14 @@ impl Content {
     }
 
     /// The power fails.
-    fn lose(&mut self, torn: bool, rng: &mut Rng) {
+    fn lose(&mut self, file: &'static str, torn: bool, choose: &mut Choice<'_>) {
         for (number, versions) in std::mem::take(&mut self.doubtful) {
             self.before.entry(number).or_default().extend(versions);
         }
-        let mut pick = |count: usize| usize::try_from(rng.range(0, count as u64)).expect("few");
         for (number, mut versions) in std::mem::take(&mut self.before) {
             versions.push(self.sector(number));
+            let alike = versions.windows(2).all(|pair| pair[0] == pair[1]);
+            let mut pick = |count: usize| choose(file, Some(number), count, alike);
             let mut kept = versions[pick(versions.len())];
             if torn && pick(4) == 0 {
                 let (other, cut) = (versions[pick(versions.len())], pick(SECTOR));
@@ -195,7 +213,7 @@ impl Content {
         }
         let mut lengths = std::mem::take(&mut self.lengths);
         lengths.push(self.bytes.len());
-        let length = lengths[pick(lengths.len())];
+        let length = lengths[choose(file, None, lengths.len(), false)];
         self.bytes.resize(length, 0);
     }
 }
@@ -267,6 +285,8 @@ impl Storage for SimStorage {
 pub struct HostFiles {
     /// Their power.
     pub supply: Arc<Supply>,
+    /// Over so many bytes the journal starts anew.
+    pub journal_bytes: u64,
     image: Arc<SimStorage>,
     map: Arc<SimStorage>,
     journal: Arc<SimStorage>,
@@ -278,6 +298,8 @@ pub struct OpenDisks {
     pub owner: Arc<OwnerDisks>,
     /// For a side that waits; taken by it.
     pub waiting: Option<(Vec<Recoverable>, Journal)>,
+    /// Over so many bytes the journal starts anew.
+    pub journal_bytes: u64,
     due: Due,
 }
 
@@ -298,13 +320,19 @@ impl OpenDisks {
 impl HostFiles {
     /// An image full of zeroes.
     pub fn new() -> Self {
+        Self::of_size(PIECES * PIECE_BYTES, JOURNAL_BYTES, true)
+    }
+
+    /// The same, of another size. `torn`: sectors of map and journal may be cut within when the power fails.
+    pub fn of_size(image_bytes: u64, journal_bytes: u64, torn: bool) -> Self {
         let supply = Arc::new(Supply::default());
-        let file = |len: u64, torn| {
-            let content = Content { bytes: vec![0; index(len)], ..Content::default() };
-            Arc::new(SimStorage { supply: Arc::clone(&supply), torn, content: Mutex::new(content) })
+        let file = |name, len: u64, torn| {
+            let content = Mutex::new(Content { bytes: vec![0; index(len)], ..Content::default() });
+            Arc::new(SimStorage { name, supply: Arc::clone(&supply), torn, content })
         };
-        let (image, map, journal) = (file(PIECES * PIECE_BYTES, false), file(0, true), file(0, true));
-        Self { supply, image, map, journal }
+        let (image, map) = (file("image", image_bytes, false), file("map", 0, torn));
+        let journal = file("journal", 0, torn);
+        Self { supply, journal_bytes, image, map, journal }
     }
 
     fn each(&self) -> [&Arc<SimStorage>; 3] {
@@ -313,8 +341,13 @@ impl HostFiles {
 
     /// The power fails, if it has not, and will be there again.
     pub fn lose(&self, rng: &mut Rng) {
+        self.lose_as(&mut by_chance(rng));
+    }
+
+    /// The same; what is kept is chosen.
+    pub fn lose_as(&self, choose: &mut Choice<'_>) {
         for file in self.each() {
-            lock(&file.content).lose(file.torn, rng);
+            lock(&file.content).lose(file.name, file.torn, choose);
         }
         self.supply.restore();
     }
@@ -327,16 +360,28 @@ impl HostFiles {
         lock(&self.supply.0).failed = false;
     }
 
-    /// What the files might be if the power failed now.
-    pub fn survivors(&self, rng: &mut Rng) -> Self {
+    /// The same files once more.
+    pub fn copy(&self) -> Self {
         let supply = Arc::new(Supply::default());
         let [image, map, journal] = self.each().map(|file| {
             let content = Mutex::new(lock(&file.content).clone());
-            Arc::new(SimStorage { supply: Arc::clone(&supply), torn: file.torn, content })
+            Arc::new(SimStorage { name: file.name, supply: Arc::clone(&supply), torn: file.torn, content })
         });
-        let survivors = Self { supply, image, map, journal };
+        Self { supply, journal_bytes: self.journal_bytes, image, map, journal }
+    }
+
+    /// What the files might be if the power failed now.
+    pub fn survivors(&self, rng: &mut Rng) -> Self {
+        let survivors = self.copy();
         survivors.lose(rng);
         survivors
+    }
+
+    /// All that is in the files, synced or not, folded into one number.
+    pub fn print(&self) -> u128 {
+        let mut hasher = xxhash_rust::xxh3::Xxh3::new();
+        self.each().iter().for_each(|file| lock(&file.content).hash(&mut hasher));
+        hasher.digest128()
     }
 
     /// The image.
@@ -360,7 +405,7 @@ impl HostFiles {
         let origin = u64::try_from((me.0 >> 32) & u128::from(u64::MAX)).expect("masked");
         let mut journal = Journal::open_or_create(journal, "journal".into(), vm, origin).map_err(|e| e.to_string())?;
         let disks = vec![Recoverable { image: Arc::clone(&image), map: Arc::clone(&map) }];
-        recover(&disks, &mut journal, JOURNAL_BYTES).map_err(|e| e.to_string())?;
+        recover(&disks, &mut journal, self.journal_bytes).map_err(|e| e.to_string())?;
         let due = Due::default();
         let slot = Arc::clone(&due);
         let first = FirstChange::after(move || {
@@ -370,7 +415,7 @@ impl HostFiles {
         let parts = vec![DiskParts { name: "data".into(), image, map }];
         // One thread writes and takes checkpoints: it never waits for itself.
         let owner = Arc::new(OwnerDisks::without_thread(parts, usize::MAX, first));
-        Ok(OpenDisks { owner, waiting: Some((disks, journal)), due })
+        Ok(OpenDisks { owner, waiting: Some((disks, journal)), journal_bytes: self.journal_bytes, due })
     }
 }
 

@@ -70,8 +70,8 @@ impl WaiterPart {
     /// A side that listens and holds nothing.
     pub fn new(base: &mut Base) -> Self {
         let machine = base.build_machine();
-        let waiting = base.disks.as_mut().and_then(|disks| disks.waiting.take());
-        let keeper = waiting.map(|(disks, journal)| Keeper::new(disks, journal));
+        let waiting = base.disks.as_mut().and_then(|disks| disks.waiting.take().map(|w| (w, disks.journal_bytes)));
+        let keeper = waiting.map(|((disks, journal), limit)| Keeper::new(disks, journal, limit));
         let standing = keeper.as_ref().map_or_else(Vec::new, Keeper::standing);
         let config = ReceiverConfig {
             identity: base.decider.identity(),
