@@ -25,7 +25,7 @@ enum What {
     Run(Run),
     /// Explores what may become of disks: writes, flushes, epochs, a takeover and power cuts.
     Disks {
-        /// Which bounds; all when none is named.
+        /// Which bounds; all that are for every day when none is named.
         names: Vec<String>,
         /// Gives up after so many states.
         #[arg(long, default_value_t = 10_000_000)]
@@ -91,7 +91,8 @@ fn main() -> ExitCode {
 
 fn disks(names: &[String], states: usize) -> bool {
     let mut good = true;
-    let wanted = |bounds: &Bounds| names.is_empty() || names.iter().any(|name| name == bounds.name);
+    let wanted =
+        |bounds: &Bounds| if names.is_empty() { bounds.daily } else { names.iter().any(|name| name == bounds.name) };
     for bounds in Bounds::all().into_iter().filter(wanted) {
         println!("{bounds:?}");
         let outcome = disk::search::search(bounds, states);

@@ -24,6 +24,8 @@ pub struct Bounds {
     pub name: &'static str,
     /// What it is for.
     pub about: &'static str,
+    /// Small enough for every day.
+    pub daily: bool,
     /// Changes of the disk by the guest, wherever it runs.
     pub writes: u8,
     /// Flushes.
@@ -38,16 +40,19 @@ pub struct Bounds {
     pub kills: u8,
     /// Power cuts.
     pub cuts: u8,
+    /// Nothing happens after the last of them: what is on stable storage was looked at then.
+    pub ends_with_cuts: bool,
     /// Over so many bytes a journal starts anew.
     pub journal_bytes: u64,
 }
 
 impl Bounds {
     /// The named ones.
-    pub fn all() -> [Self; 3] {
+    pub fn all() -> [Self; 4] {
         let flush = Self {
             name: "flush",
-            about: "two changes, a flush, two epochs, and the power fails on either host",
+            about: "two changes, a flush, two epochs, a takeover, until the power fails on either host",
+            daily: true,
             writes: 2,
             flushes: 1,
             epochs: 2,
@@ -55,27 +60,38 @@ impl Bounds {
             takeovers: 1,
             kills: 0,
             cuts: 1,
+            ends_with_cuts: true,
             journal_bytes: 6 << 10,
         };
         let back = Self {
             name: "return",
-            about: "after a takeover the former owner comes back and gets what differs",
+            about: "after a takeover the former owner comes back, perhaps after a power cut, and gets what differs",
+            writes: 1,
             flushes: 0,
             epochs: 1,
             bases: 2,
+            ends_with_cuts: false,
             ..flush
         };
         let dark = Self {
             name: "dark",
-            about: "one change, a flush, and the power fails twice",
+            about: "one change, a flush, until the power fails for the second time",
             writes: 1,
             epochs: 1,
-            bases: 2,
-            takeovers: 1,
             cuts: 2,
             ..flush
         };
-        [flush, back, dark]
+        let all = Self {
+            name: "all",
+            about: "everything at once: larger than was waited for",
+            daily: false,
+            cuts: 2,
+            bases: 2,
+            kills: 1,
+            ends_with_cuts: false,
+            ..flush
+        };
+        [flush, back, dark, all]
     }
 
     /// Those of a name.

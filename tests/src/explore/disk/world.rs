@@ -110,6 +110,8 @@ enum Up {
 struct Link {
     /// It stands; `None`: there is none.
     from: Option<usize>,
+    /// The life that listens.
+    listener: u8,
     /// The backup's end is in use.
     open: bool,
     down: VecDeque<(Epoch, CheckpointKind, DiskChanges)>,
@@ -174,7 +176,7 @@ impl World {
     pub fn print(&self) -> u128 {
         let prints = [self.nodes[0].print, self.nodes[1].print];
         let down: Vec<(u64, usize)> = self.link.down.iter().map(|(epoch, _, d)| (epoch.0, d.changes.len())).collect();
-        let link = (self.link.from, self.link.open, down, &self.link.up);
+        let link = (self.link.from, self.link.listener, self.link.open, down, &self.link.up);
         print_of(&(prints, self.record, link, self.used, &self.ghost))
     }
 
@@ -211,6 +213,9 @@ impl World {
     /// All of it, in a fixed order.
     pub fn ops(&self) -> Vec<Op> {
         let mut ops = Vec::new();
+        if self.bounds.ends_with_cuts && !self.may_cut() {
+            return ops;
+        }
         for node in 0..2 {
             match &self.nodes[node].process {
                 Process::Off => {
@@ -497,7 +502,7 @@ impl World {
         let owner = &self.owner(node).disks.owner;
         owner.begin_log(first);
         let mut copy = DiskCopy::begin(&**owner, &blocks_to_look_at(owner, &standing));
-        self.link = Link { from: Some(node), open: true, ..Link::default() };
+        self.link = Link { from: Some(node), listener: self.nodes[1 - node].life, open: true, ..Link::default() };
         self.copy(node, &mut copy, false)?;
         self.owner(node).session = Some(Session::Copying(first, copy));
         Ok(())
@@ -634,7 +639,7 @@ impl World {
         let Some(up) = self.link.up.pop_front() else { return Ok(()) };
         self.nodes[node].note(up);
         let rightful = self.record.is_some_and(|record| record.owner == node);
-        let life = self.nodes[1 - node].life;
+        let life = self.link.listener;
         let owner = self.owner(node);
         match up {
             Up::Durable(epoch) => owner.durable = Some(owner.point(epoch)),
