@@ -30,6 +30,12 @@ enum What {
         /// Gives up after so many states.
         #[arg(long, default_value_t = 10_000_000)]
         states: usize,
+        /// In place of the bound: changes of the disk.
+        #[arg(long, value_parser = clap::value_parser!(u8).range(0..=9))]
+        writes: Option<u8>,
+        /// In place of the bound: epochs that end.
+        #[arg(long, value_parser = clap::value_parser!(u8).range(0..=9))]
+        epochs: Option<u8>,
     },
     /// Breaks one rule after another and looks for it. Needs a build with the feature `mutants`.
     #[cfg(feature = "mutants")]
@@ -82,20 +88,22 @@ fn main() -> ExitCode {
             true
         }
         What::Run(asked) => run(&asked),
-        What::Disks { names, states } => disks(&names, states),
+        What::Disks { names, states, writes, epochs } => disks(&names, states, (writes, epochs)),
         #[cfg(feature = "mutants")]
         What::Mutants { names, threads, states, traces } => hunts(&names, usize::from(threads), states, traces),
     };
     if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-fn disks(names: &[String], states: usize) -> bool {
+fn disks(names: &[String], states: usize, (writes, epochs): (Option<u8>, Option<u8>)) -> bool {
     let mut good = true;
     let wanted =
         |bounds: &Bounds| if names.is_empty() { bounds.daily } else { names.iter().any(|name| name == bounds.name) };
-    for bounds in Bounds::all().into_iter().filter(wanted) {
+    for mut bounds in Bounds::all().into_iter().filter(wanted) {
+        bounds.writes = writes.unwrap_or(bounds.writes);
+        bounds.epochs = epochs.unwrap_or(bounds.epochs);
         println!("{bounds:?}");
-        let outcome = disk::search::search(bounds, states);
+        let outcome = disk::search::search(bounds, states, true);
         println!(
             "{}: {} states, {} steps, depth {}, {:.1} s, {}",
             bounds.name,

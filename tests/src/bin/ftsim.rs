@@ -31,6 +31,10 @@ struct Args {
     #[cfg(feature = "mutants")]
     #[arg(long)]
     mutants: bool,
+    /// With `--mutants`: only this one.
+    #[cfg(feature = "mutants")]
+    #[arg(long, value_name = "NAME", requires = "mutants")]
+    only: Option<String>,
     /// Tells what happens in each world, line by line.
     #[arg(long)]
     trace: bool,
@@ -163,23 +167,23 @@ fn live(args: &Args, number: u64) -> Outcome {
 const BROKEN: [(replication_proto::mutant::Mutant, u64, bool); 17] = {
     use replication_proto::mutant::Mutant;
     [
-        (Mutant::RetireOnSend, 0, false),
-        (Mutant::GateOpensOnLinkLoss, 0, false),
-        (Mutant::AckGenerationUnchecked, 74, false),
-        (Mutant::AckOfAnyIncarnation, 174, false),
-        (Mutant::DirtyClearedAfterCopy, 20, false),
-        (Mutant::DeltaIntoStandby, 584, false),
-        (Mutant::AckAfterPromotion, 7, false),
+        (Mutant::RetireOnSend, 1, false),
+        (Mutant::GateOpensOnLinkLoss, 1, false),
+        (Mutant::AckGenerationUnchecked, 111, false),
+        (Mutant::AckOfAnyIncarnation, 14, false),
+        (Mutant::DirtyClearedAfterCopy, 4, false),
+        (Mutant::DeltaIntoStandby, 0, true),
+        (Mutant::AckAfterPromotion, 57, false),
         (Mutant::SoloWithoutCas, 0, false),
         (Mutant::TakeoverWithoutCas, 0, false),
         (Mutant::InSyncBeforeHolding, 0, false),
-        (Mutant::UncertainSyncIsFailure, 253, false),
-        (Mutant::IsolatedRejoins, 0, false),
+        (Mutant::UncertainSyncIsFailure, 11, false),
+        (Mutant::IsolatedRejoins, 0, true),
         (Mutant::PauseForEver, 0, false),
         (Mutant::AckBeforeStable, 0, true),
-        (Mutant::BitAfterWrite, 0, true),
+        (Mutant::BitAfterWrite, 16, true),
         (Mutant::BaseBeforeImage, 0, true),
-        (Mutant::ReturnersBitsIgnored, 0, true),
+        (Mutant::ReturnersBitsIgnored, 20, true),
     ]
 };
 
@@ -188,8 +192,12 @@ const BROKEN: [(replication_proto::mutant::Mutant, u64, bool); 17] = {
 fn mutants(args: &Args) -> bool {
     use replication_proto::mutant::activate;
     std::panic::set_hook(Box::new(|_| {}));
-    let mut survivors = 0;
+    let (mut survivors, mut tried) = (0, 0);
     for (mutant, hint, disk) in BROKEN {
+        if args.only.as_ref().is_some_and(|only| *only != format!("{mutant:?}")) {
+            continue;
+        }
+        tried += 1;
         let began = Instant::now();
         activate(Some(mutant));
         let seeds = std::iter::once(hint).chain(args.first_seed..args.first_seed + args.seeds);
@@ -214,8 +222,8 @@ fn mutants(args: &Args) -> bool {
             }
         }
     }
-    println!("{survivors} of {} broken rules survived", BROKEN.len());
-    survivors == 0
+    println!("{survivors} of {tried} broken rules survived");
+    survivors == 0 && tried > 0
 }
 
 fn progress(args: &Args, next: &AtomicU64, stop: &AtomicBool, began: Instant) {

@@ -97,7 +97,7 @@ impl Ghost {
         for (place, sectors) in content.iter().enumerate() {
             let least = self.promised[place];
             if let Some(number) = sectors.iter().find(|number| **number < least || self.void.contains(number)) {
-                return Err(format!("block {place} holds change {number}, a flush promised {least}"));
+                return Err(format!("piece {place} holds change {number}, a flush promised {least}"));
             }
         }
         Ok(content)

@@ -17,10 +17,10 @@ use crate::world::storage::{HostFiles, OpenDisks};
 
 /// Sectors of a piece.
 pub const SECTORS: usize = 8;
-/// The pieces that the guest changes: one in each of two blocks.
-pub const PIECES: [usize; 2] = [0, 16];
-/// Bytes of the image: a block, and a piece of another.
-pub const IMAGE_BYTES: u64 = (64 << 10) + (4 << 10);
+/// The pieces that the guest changes, both in one block of the maps.
+pub const PIECES: [usize; 2] = [0, 1];
+/// Bytes of the image: small, for each state is lived through from the beginning.
+pub const IMAGE_BYTES: u64 = 8 << 10;
 
 /// What the owner does for its backup.
 pub enum Session {

@@ -40,8 +40,8 @@ struct Search {
 
 const ROOT: u32 = u32::MAX;
 
-/// All of it, or until more than `states` are known or something is wrong.
-pub fn search(bounds: Bounds, states: usize) -> Outcome {
+/// All of it, or until more than `states` are known or something is wrong. `progress`: a line about every level.
+pub fn search(bounds: Bounds, states: usize, progress: bool) -> Outcome {
     let began = Instant::now();
     let outcome = Outcome {
         complete: false,
@@ -64,6 +64,10 @@ pub fn search(bounds: Bounds, states: usize) -> Outcome {
             }
         }
         level = std::mem::take(&mut search.next);
+        if progress {
+            let (depth, known) = (search.outcome.depth, search.outcome.states);
+            eprintln!("  {depth:>3}: {} new, {known} states, {:.0} s", level.len(), began.elapsed().as_secs_f64());
+        }
     }
     let mut outcome = search.outcome;
     outcome.complete = outcome.found.is_none() && outcome.states <= states;
@@ -175,7 +179,7 @@ pub fn hunt(mutant: Mutant, states: usize) -> (Bounds, Outcome) {
     let (_, name) = HUNTED.into_iter().find(|(hunted, _)| *hunted == mutant).expect("a rule of disks");
     let bounds = Bounds::named(name).expect("bounds of this name");
     activate(Some(mutant));
-    let outcome = search(bounds, states);
+    let outcome = search(bounds, states, false);
     activate(None);
     (bounds, outcome)
 }

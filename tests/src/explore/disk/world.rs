@@ -67,7 +67,7 @@ impl fmt::Display for Op {
         let name = |node: &usize| ["A", "B"][*node];
         match self {
             Self::Start(n) => write!(f, "{} starts", name(n)),
-            Self::Write(n, place) => write!(f, "the guest on {} changes block {place}", name(n)),
+            Self::Write(n, place) => write!(f, "the guest on {} changes piece {place}", name(n)),
             Self::Flush(n) => write!(f, "the guest on {} flushes", name(n)),
             Self::BeginBase(n) => write!(f, "{} begins a base", name(n)),
             Self::EndBase(n) => write!(f, "{} ends the base", name(n)),
@@ -239,7 +239,9 @@ impl World {
         let rightful = self.record.is_some_and(|record| record.owner == node);
         let (used, bounds) = (&self.used, &self.bounds);
         if self.ghost.changes < bounds.writes {
-            ops.extend((0..PIECES.len()).map(|place| Op::Write(node, place)));
+            // Both pieces are alike: the first change is one of the first.
+            let places = PIECES.len().min(usize::from(self.ghost.changes) + 1);
+            ops.extend((0..places).map(|place| Op::Write(node, place)));
         }
         if used.flushes < bounds.flushes {
             ops.push(Op::Flush(node));
