@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use replication_proto::limits::{DISK_PIECE_BYTES, MAX_DISK_CHANGE_BYTES};
+use replication_proto::mutant::{self, Mutant};
 use replication_proto::{
     Comparable, DiskChange, DiskContent, DiskStanding, PieceHashes, PiecesWanted, Point, piece_hash,
 };
@@ -59,7 +60,9 @@ pub fn differing(ours: (Option<Point>, &BlockSet), theirs: &DiskStanding) -> Blo
         return all();
     };
     let mut both = bits.clone();
-    both.union(&theirs);
+    if !mutant::is(Mutant::ReturnersBitsIgnored) {
+        both.union(&theirs);
+    }
     both
 }
 
