@@ -97,7 +97,7 @@ pub struct Commits {
     backlog_bytes: usize,
     backlog_limit: usize,
     unacked: VecDeque<Unacked>,
-    /// Every change of a disk up to this epoch is on stable storage.
+    /// Every change of a disk up to this epoch, of those that follow the last base, is on stable storage.
     durable: Epoch,
 }
 
@@ -134,9 +134,12 @@ impl Commits {
     }
 
     /// A base begins: it is written straight into the standby's memory, which is hollow until the base is committed.
+    ///
+    /// What was on stable storage says nothing of it: the epochs of a guest that was booted anew are numbered from 1 again.
     pub fn begin_base(&mut self) {
         self.holding = Holding::Hollow;
         self.unacked.clear();
+        self.durable = Epoch(0);
     }
 
     /// Verifies a checkpoint that has ended, and commits it.
@@ -179,7 +182,7 @@ impl Commits {
         Ok(committed)
     }
 
-    /// Every change of a disk up to `epoch` is on stable storage.
+    /// Every change of a disk up to `epoch`, which follows the last base or is it, is on stable storage.
     pub fn durable(&mut self, epoch: Epoch) {
         self.durable = self.durable.max(epoch);
     }
@@ -324,6 +327,18 @@ mod tests {
         assert!(commits.acks_due().is_empty());
         commits.durable(Epoch(2));
         assert_eq!(commits.acks_due(), [Epoch(2), Epoch(3)]);
+    }
+
+    #[test]
+    fn what_was_stable_before_a_base_says_nothing_of_the_epochs_of_a_guest_that_was_booted_anew() {
+        let mut commits = with_base(900);
+        commits.durable(Epoch(900));
+        commits.begin_base();
+        let base = EndOfCheckpoint { flushed: true, ..end(1, CheckpointKind::Base, &[]) };
+        commits.commit(arrive(1, CheckpointKind::Base, &[]), &base).unwrap();
+        assert!(commits.acks_due().is_empty());
+        commits.durable(Epoch(1));
+        assert_eq!(commits.acks_due(), [Epoch(1)]);
     }
 
     #[test]

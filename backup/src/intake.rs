@@ -236,18 +236,23 @@ impl Intake {
         Ok(())
     }
 
-    /// As far as disks are concerned, epochs up to `ackable` may be acknowledged, and a power cut leaves those up to `durable`.
+    /// As far as disks are concerned, epochs up to `ackable` may be acknowledged, and a power cut leaves those up to `durable`. What the disks' thread
+    /// says of another generation comes late: its epochs are not those that this connection numbers.
     ///
     /// # Errors
     /// The connection is over.
-    pub fn stable(&mut self, ackable: Epoch, durable: Epoch) -> Result<(), LinkEnd> {
-        self.commits.durable(ackable);
-        if let Some(connection) = &mut self.connection
-            && connection.base.is_some_and(|base| durable >= base)
-            && durable > connection.durable
+    pub fn stable(&mut self, ackable: Point, durable: Point) -> Result<(), LinkEnd> {
+        let Some(connection) = &mut self.connection else { return Ok(()) };
+        let Some(generation) = connection.peer.as_ref().map(|peer| peer.generation) else { return Ok(()) };
+        if ackable.generation == generation {
+            self.commits.durable(ackable.epoch);
+        }
+        if durable.generation == generation
+            && connection.base.is_some_and(|base| durable.epoch >= base)
+            && durable.epoch > connection.durable
         {
-            connection.durable = durable;
-            connection.protocol.durable(durable)?;
+            connection.durable = durable.epoch;
+            connection.protocol.durable(durable.epoch)?;
         }
         self.acknowledge()
     }

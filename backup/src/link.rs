@@ -16,7 +16,7 @@ use mio::net::{TcpListener, TcpStream};
 use mio::{Events, Interest, Poll, Registry, Token, Waker};
 use primary::clock::Clock;
 use replication_proto::{
-    Channel, Comparable, DiskStanding, Epoch, Generation, Greeting, Identity, LinkError, PiecesWanted, Verified,
+    Channel, Comparable, DiskStanding, Epoch, Generation, Greeting, Identity, LinkError, PiecesWanted, Point, Verified,
 };
 
 use crate::commit::Holding;
@@ -55,9 +55,9 @@ pub enum News {
     /// As far as disks are concerned, epochs up to one may be acknowledged, and up to another a power cut leaves them.
     Stable {
         /// May be acknowledged.
-        ackable: Epoch,
+        ackable: Point,
         /// On stable storage.
-        durable: Epoch,
+        durable: Point,
     },
     /// A comparison of both sides as of the end of this epoch is done.
     Verified(Epoch, Verified),

@@ -142,7 +142,7 @@ pub fn hashes_of(staged: &StagedPages) -> PieceHashes {
 }
 
 /// The blocks of each disk that differ, or may.
-fn blocks_to_look_at(disks: &OwnerDisks, standing: &Standing) -> Vec<BlockSet> {
+pub fn blocks_to_look_at(disks: &OwnerDisks, standing: &Standing) -> Vec<BlockSet> {
     let ours = disks.dirty();
     ours.iter().zip(&standing.disks).map(|((base, bits), theirs)| differing((*base, bits), theirs)).collect()
 }

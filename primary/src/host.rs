@@ -12,7 +12,7 @@ use failover::control::ControlRequest;
 use failover::decide::{Action, Command, GoodbyeReason, Input, StateName};
 use failover::exit::ExitCode;
 use failover::generation::StateDir;
-use replication_proto::{Epoch, Facts, Identity, NodeName, RamLayout, Refuse, SenderConfig};
+use replication_proto::{Epoch, Facts, Identity, NodeName, RamLayout, Refuse, RefuseCode, SenderConfig};
 
 use crate::announce::{announce, frames};
 use crate::clock::Clock;
@@ -302,6 +302,10 @@ impl Host {
         if self.link_note != note {
             log::error!("{note}");
             self.link_note = note;
+        }
+        if refuse.code == RefuseCode::Disk {
+            // The link comes up again at once, with nothing to say; what is the matter stays.
+            self.disks.owner.alarm().note(format!("the other side's: {}", refuse.text));
         }
     }
 

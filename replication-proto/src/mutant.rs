@@ -56,11 +56,17 @@ pub enum Mutant {
     IsolatedRejoins,
     /// A pause of protection never ends by itself.
     PauseForEver,
+    /// A block changes before its bit is on stable storage.
+    BitAfterWrite,
+    /// A map's base moves, and the journal is emptied, before the image is on stable storage.
+    BaseBeforeImage,
+    /// What a returning side changed itself is not looked at.
+    ReturnersBitsIgnored,
 }
 
 impl Mutant {
     /// Every one of them.
-    pub const ALL: [Self; 26] = [
+    pub const ALL: [Self; 29] = [
         Self::SoloWithoutCas,
         Self::TakeoverWithoutCas,
         Self::RecordWithoutIncarnation,
@@ -87,6 +93,9 @@ impl Mutant {
         Self::AckBeforeStable,
         Self::IsolatedRejoins,
         Self::PauseForEver,
+        Self::BitAfterWrite,
+        Self::BaseBeforeImage,
+        Self::ReturnersBitsIgnored,
     ];
 }
 

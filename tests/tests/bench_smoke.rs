@@ -4,6 +4,8 @@ use std::process::Command;
 
 use serde_json::Value;
 use tests::machine::no_kvm;
+use tests::real::MachineKind;
+use tests::real::scene::play;
 
 #[test]
 fn pause_is_measured_beside_its_floor() {
@@ -30,4 +32,42 @@ fn pause_is_measured_beside_its_floor() {
     }
     assert!(number("whole_us") > number("stage_us"), "{row}");
     assert!(row["ratio_p50"].as_f64().unwrap() > 0.0, "{row}");
+}
+
+#[test]
+fn disk_is_measured_with_and_without_a_backup() {
+    // Its timers are patient, but two pairs at once would leave little of the processors to measure.
+    play(MachineKind::Kvm, "bench_disk", |_| {
+        let dir = tempfile::tempdir().expect("a directory");
+        let json = dir.path().join("disk.json");
+        let output = Command::new(env!("CARGO_BIN_EXE_ftbench"))
+            .args([
+                "disk",
+                "--runs",
+                "1",
+                "--seconds",
+                "1",
+                "--disk",
+                "16MiB",
+                "--only",
+                "a flush after each",
+                "--json",
+            ])
+            .arg(&json)
+            .output()
+            .expect("it starts");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert!(String::from_utf8_lossy(&output.stdout).contains("random writes, 4 KiB, a flush after each"));
+        let report: Value = serde_json::from_slice(&std::fs::read(&json).expect("a file")).expect("JSON");
+        assert_eq!(report["schema"], "ft.bench.disk/1");
+        let [row] = report["rows"].as_array().expect("rows").as_slice() else { panic!("one row: {report}") };
+        for side in ["solo", "protected"] {
+            let number = |of: &str, field: &str| row[side][of][field].as_f64().unwrap_or_else(|| panic!("{of}: {row}"));
+            assert!(number("latency_us", "p50") > 0.0 && number("flush_us", "p99") > 0.0, "{row}");
+            assert!(row[side]["iops_median"].as_f64().is_some_and(|iops| iops > 1.0), "{row}");
+            assert_eq!(row[side]["errors"], 0);
+        }
+        assert!(row["iops_ratio_median"].as_f64().is_some_and(|ratio| ratio > 0.0), "{row}");
+        Ok(())
+    });
 }

@@ -1,5 +1,6 @@
 //! The exhaustive explorer, as far as it fits into every day: small configurations to their end.
 
+use tests::explore::disk::{self, Bounds};
 use tests::explore::heal::heal;
 use tests::explore::mind::Memory;
 use tests::explore::search::{Limits, Outcome, search, tell};
@@ -90,4 +91,40 @@ fn processes_are_started_again() {
     let outcome = explored("lives");
     contains(&outcome, &["restarted", "protected", "taken over", "fenced"]);
     assert!(outcome.states >= 700_000, "{} states", outcome.states);
+}
+
+/// Disks: the machinery is the real one, and the power fails at every change of every file.
+fn explored_disks(name: &str) -> disk::search::Outcome {
+    let bounds = Bounds::named(name).expect("bounds of this name");
+    let outcome = disk::search::search(bounds, 2_000_000, false);
+    if let Some((trace, violation)) = &outcome.found {
+        panic!("{name}: {}{violation}", disk::search::tell(trace));
+    }
+    assert!(outcome.complete, "{name}: too many states");
+    println!("{name}: {} states, {} steps, {:?}", outcome.states, outcome.transitions, outcome.seen);
+    outcome
+}
+
+fn shows(outcome: &disk::search::Outcome, sights: &[&str]) {
+    for sight in sights {
+        assert!(outcome.seen.get(sight).is_some_and(|count| *count > 0), "no state is {sight}: {:?}", outcome.seen);
+    }
+}
+
+#[test]
+fn a_flush_that_was_told_of_outlives_a_power_cut_of_either_host() {
+    shows(&explored_disks("flush"), &["in sync", "output held", "told of stable storage", "taken over", "power cut"]);
+}
+
+#[test]
+fn a_former_owner_s_disk_becomes_its_successor_s() {
+    shows(
+        &explored_disks("return"),
+        &["in sync", "taken over", "protected after a takeover", "told of stable storage"],
+    );
+}
+
+#[test]
+fn the_power_fails_twice() {
+    shows(&explored_disks("dark"), &["in sync", "taken over", "power cut", "booted anew"]);
 }

@@ -33,10 +33,10 @@ impl DiskKeeper {
         let Some(Waiting { disks, journal }) = disks else { return Ok(Self { sink: None, link }) };
         let told = link.clone();
         let sink = DiskSink::start(disks, journal, journal_limit, move |event| match event {
-            SinkEvent::Based(point) => told.tell(News::Stable { ackable: point.epoch, durable: point.epoch }),
+            SinkEvent::Based(point) => told.tell(News::Stable { ackable: point, durable: point }),
             SinkEvent::Progress { ackable, durable, applied } => {
                 told.tell(News::Applied(applied));
-                told.tell(News::Stable { ackable, durable: durable.epoch });
+                told.tell(News::Stable { ackable, durable });
             }
             SinkEvent::Failed { why, lost } => told.tell(News::DiskFailed { why, lost }),
         })?;
@@ -160,7 +160,11 @@ fn hashes_here(images: &[Arc<dyn Disk>], hashes: &PieceHashes) -> io::Result<Pie
     hash_disk(&**image, Part { of: hashes.of, first: hashes.first, count })
 }
 
-fn compare(images: &[Arc<dyn Disk>], ask: &PieceHashes) -> io::Result<PiecesWanted> {
+/// Which of these pieces differ in the images.
+///
+/// # Errors
+/// The host's, or there are no such pieces.
+pub fn compare(images: &[Arc<dyn Disk>], ask: &PieceHashes) -> io::Result<PiecesWanted> {
     let ours = hashes_here(images, ask)?;
     let wanted = ask.hashes.iter().zip(&ours.hashes).map(|(theirs, ours)| theirs != ours).collect();
     Ok(PiecesWanted { of: ask.of, first: ask.first, wanted })

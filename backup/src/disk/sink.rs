@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use primary::disk::recover::Recoverable;
-use primary::disk::{DirtyMap, DiskChange, DiskChanges, Epoch, Journal, Point};
+use primary::disk::{DirtyMap, DiskChange, DiskChanges, Journal, Point};
+use primary::link::receive_within;
 use vmm::disk::Disk;
 
 use super::worker::{Retire, SinkError, Worker};
@@ -23,7 +24,7 @@ pub enum SinkEvent {
     /// Something went on.
     Progress {
         /// Through this epoch everything may be acknowledged, as far as disks are concerned.
-        ackable: Epoch,
+        ackable: Point,
         /// What a power cut now would leave.
         durable: Point,
         /// Bytes of changes that have been applied since the last event: the backlog is less by these.
@@ -179,14 +180,14 @@ struct Turn<T> {
     worker: Worker,
     tell: T,
     failed: bool,
-    said: Option<(Epoch, Point)>,
+    said: Option<(Point, Point)>,
     begun: Instant,
 }
 
 impl<T: FnMut(SinkEvent)> Turn<T> {
     fn run(mut self, commands: &Receiver<Command>) {
         loop {
-            let command = match commands.recv_timeout(self.patience()) {
+            let command = match receive_within(commands, self.patience()) {
                 Ok(command) => Some(command),
                 Err(RecvTimeoutError::Timeout) => None,
                 Err(RecvTimeoutError::Disconnected) => return,
@@ -281,7 +282,8 @@ impl<T: FnMut(SinkEvent)> Turn<T> {
     }
 
     fn progress(&mut self, applied: usize) {
-        let now = (self.worker.flow().ackable(), self.worker.flow().durable());
+        let flow = self.worker.flow();
+        let now = (Point { epoch: flow.ackable(), ..flow.committed() }, flow.durable());
         if applied > 0 || self.said != Some(now) {
             self.said = Some(now);
             let (ackable, durable) = now;
@@ -302,7 +304,7 @@ mod tests {
     use std::sync::mpsc::{self, RecvTimeoutError};
 
     use crate::disk::testing::{Fault, LossyStorage, Power};
-    use primary::disk::{DiskContent, DiskIdentity, Generation, recover};
+    use primary::disk::{DiskContent, DiskIdentity, Epoch, Generation, recover};
     use replication_proto::{Incarnation, VmId};
     use vmm::disk::{DiskImage, Storage};
 
@@ -376,10 +378,10 @@ mod tests {
         assert_eq!(rig.until(|_| true), SinkEvent::Based(point(4)));
         rig.sink.commit(point(5), change(2, false));
         let quick = rig.until(|_| true);
-        assert_eq!(quick, SinkEvent::Progress { ackable: Epoch(5), durable: point(4), applied: 0 });
+        assert_eq!(quick, SinkEvent::Progress { ackable: point(5), durable: point(4), applied: 0 });
         rig.sink.commit(point(6), change(3, true));
         rig.sink.commit(point(7), DiskChanges::default());
-        let flushed = rig.until(|e| matches!(e, SinkEvent::Progress { ackable: Epoch(7), .. }));
+        let flushed = rig.until(|e| matches!(e, SinkEvent::Progress { ackable, .. } if *ackable == point(7)));
         assert!(matches!(flushed, SinkEvent::Progress { durable, .. } if durable == point(6)), "{flushed:?}");
         rig.until(|event| matches!(event, SinkEvent::Progress { applied, .. } if *applied > 0));
         rig.sink.commit(point(8), change(4, false));

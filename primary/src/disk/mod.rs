@@ -11,11 +11,13 @@
 //! * [`set`]: all of it opened, as a process finds it
 //! * [`journal`]: the backup's write-ahead file; it is here because a process that boots the guest may find one, too
 //! * [`recover`]: what a process does first with images, maps and journal that it finds
-//! * [`open`]: where the files are; with failpoints, [`volatile`] loses at SIGKILL what was not synced
+//! * [`open`]: where the files are; with failpoints, [`volatile`] loses at SIGKILL what was not synced, and [`failing`] fails on order
 
 pub mod blocks;
 pub mod book;
 pub mod copy;
+#[cfg(feature = "failpoints")]
+pub mod failing;
 pub mod header;
 pub mod journal;
 pub mod log;

@@ -1,5 +1,5 @@
 //! Where a disk's files are, and how they are opened. Everybody opens them here: with failpoints, `FT_POWER_CUT` makes each of
-//! them lose at SIGKILL what was not synced.
+//! them lose at SIGKILL what was not synced, and `FT_DISK_FAULTS` lets each of them fail on order.
 
 use std::fs::OpenOptions;
 use std::io;
@@ -98,7 +98,7 @@ fn losing(storage: Arc<dyn Storage>, _: &Path) -> Arc<dyn Storage> {
 
 #[cfg(feature = "failpoints")]
 fn losing(storage: Arc<dyn Storage>, path: &Path) -> Arc<dyn Storage> {
-    super::volatile::if_ordered(storage, path)
+    super::failing::if_ordered(super::volatile::if_ordered(storage, path), path)
 }
 
 #[cfg(test)]

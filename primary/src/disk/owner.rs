@@ -42,6 +42,23 @@ impl OwnerDisks {
     /// # Panics
     /// With more than 255 disks.
     pub fn new(parts: Vec<DiskParts>, log_limit: usize, first: FirstChange) -> io::Result<Self> {
+        let mut owner = Self::without_thread(parts, log_limit, first);
+        let maps: Vec<Arc<DirtyMap>> = owner.disks.iter().map(|disk| Arc::clone(disk.map())).collect();
+        let (tell, told) = bounded::<Point>(1);
+        let keeper = std::thread::Builder::new().name("disk-maps".into()).spawn(move || {
+            for point in told {
+                tidy(&maps, point);
+            }
+        })?;
+        owner.keeper = Some((tell, keeper));
+        Ok(owner)
+    }
+
+    /// The same, but for the thread: whoever calls [`Self::durable`] calls [`Self::tidy`], too.
+    ///
+    /// # Panics
+    /// With more than 255 disks.
+    pub fn without_thread(parts: Vec<DiskParts>, log_limit: usize, first: FirstChange) -> Self {
         let shared = Shared {
             log: Arc::new(DiskLog::new(log_limit)),
             first: Arc::new(first),
@@ -51,19 +68,7 @@ impl OwnerDisks {
             let number = u8::try_from(number).expect("a handful of disks");
             Arc::new(ReplicatedDisk::new(number, name, image, map, shared.clone()))
         });
-        let disks: Vec<Arc<ReplicatedDisk>> = disks.collect();
-        let maps: Vec<Arc<DirtyMap>> = disks.iter().map(|disk| Arc::clone(disk.map())).collect();
-        let (tell, told) = bounded::<Point>(1);
-        let keeper = std::thread::Builder::new().name("disk-maps".into()).spawn(move || {
-            for point in told {
-                for map in &maps {
-                    if let Err(error) = map.tidy(point) {
-                        log::warn!("a disk's map keeps its bits: {error}");
-                    }
-                }
-            }
-        })?;
-        Ok(Self { disks, shared, keeper: Some((tell, keeper)) })
+        Self { disks: disks.collect(), shared, keeper: None }
     }
 
     /// Of a machine without disks.
@@ -145,13 +150,20 @@ impl OwnerDisks {
         self.disks.iter().for_each(|disk| disk.map().cover(epoch));
     }
 
-    /// The other side holds `point` on stable storage. Cheap; bits are cleared by a thread when it is worth it.
-    pub fn durable(&self, point: Point) {
+    /// The other side holds `point` on stable storage. Cheap; when it is worth it (which is returned), bits are cleared by the thread.
+    pub fn durable(&self, point: Point) -> bool {
         let due = self.disks.iter().filter(|disk| disk.map().durable(point)).count() > 0;
         if let (true, Some((tell, _))) = (due, &self.keeper) {
             // When it is still at the last one, a later acknowledgement serves as well.
             tell.try_send(point).ok();
         }
+        due
+    }
+
+    /// Clears bits of what the other side holds on stable storage at `point`. Syncs the images.
+    pub fn tidy(&self, point: Point) {
+        let maps: Vec<Arc<DirtyMap>> = self.disks.iter().map(|disk| Arc::clone(disk.map())).collect();
+        tidy(&maps, point);
     }
 
     /// Whether all maps are still ours: asked when protection begins.
@@ -165,6 +177,14 @@ impl OwnerDisks {
             }
         }
         Ok(true)
+    }
+}
+
+fn tidy(maps: &[Arc<DirtyMap>], point: Point) {
+    for map in maps {
+        if let Err(error) = map.tidy(point) {
+            log::warn!("a disk's map keeps its bits: {error}");
+        }
     }
 }
 

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use bytes::Bytes;
+use replication_proto::mutant::{self, Mutant};
 use vmm::disk::{ByteRange, Disk};
 
 use super::{DirtyMap, DiskChange, DiskContent, DiskLog, MAX_DISK_CHANGE_BYTES, MAX_DISK_ZERO_BYTES};
@@ -225,13 +226,18 @@ impl ReplicatedDisk {
         change: impl FnOnce() -> io::Result<()>,
         logged: impl FnOnce() -> Vec<DiskChange>,
     ) -> io::Result<()> {
-        if !self.map.touch(range, self.log.running()) {
+        let late = mutant::is(Mutant::BitAfterWrite);
+        if !late && !self.map.touch(range, self.log.running()) {
             // Setting bits waits for the host's disk, and the machine may be about to be stopped.
             return Err(io::ErrorKind::WouldBlock.into());
         }
         if let Err(error) = change() {
             self.changed_somehow(range, what, &error);
             return Err(error);
+        }
+        if late {
+            self.map.mark(range)?;
+            assert!(self.map.touch(range, self.log.running()), "marked just now");
         }
         if self.log.running().is_some() {
             self.log.append(logged());
@@ -267,6 +273,9 @@ impl Disk for ReplicatedDisk {
         }
         self.first.prepare().inspect_err(|error| self.note("the first change here", error))?;
         self.log.wait_for_room();
+        if mutant::is(Mutant::BitAfterWrite) {
+            return Ok(());
+        }
         self.map.mark(range).inspect_err(|error| self.note("setting a bit of its map", error))
     }
 

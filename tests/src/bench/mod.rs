@@ -1,5 +1,6 @@
 //! The benchmark binary's subcommands.
 //!
+//! * [`disk`]: a guest's disk with and without a backup, in turn
 //! * [`pause`]: the pause of the product, beside its floor in the same run
 //! * [`subject`]: the product's machine under a dirtying load, and one checkpoint of it
 //! * [`floor`]: what a pause costs at least, on a plain KVM VM
@@ -10,6 +11,7 @@
 //! * [`figures`]: distributions of what was measured
 
 pub mod base;
+pub mod disk;
 pub mod epochs;
 pub mod figures;
 pub mod floor;
@@ -41,12 +43,12 @@ pub enum BenchError {
     /// A checkpoint failed.
     #[error(transparent)]
     Checkpoint(#[from] primary::epoch::CheckpointError),
-    /// The real pair.
-    #[error(transparent)]
-    Pair(#[from] crate::real::Error),
     /// Guest RAM.
     #[error(transparent)]
     Ram(#[from] vmm::memory::RamError),
+    /// A pair of real processes.
+    #[error(transparent)]
+    Pair(#[from] crate::real::Error),
     /// A call to the host failed.
     #[error("{what}: {source}")]
     Host {

@@ -9,7 +9,7 @@ use clap::{Args, Parser, Subcommand};
 use serde::Serialize;
 use tests::bench::epochs::Case;
 use tests::bench::pairs::Mode;
-use tests::bench::{base, epochs, latency, pause, throughput};
+use tests::bench::{base, disk, epochs, latency, pause, throughput};
 use tests::machine::demo_guest;
 use tests::real::MachineKind;
 use tests::real::artifacts::Artifacts;
@@ -93,6 +93,24 @@ enum What {
         #[arg(long, default_value_t = 90_000, value_parser = clap::value_parser!(u32).range(1..))]
         filled_pages: u32,
     },
+    /// What a disk does with and without a backup, in turn on one real pair in namespaces. Needs root.
+    Disk {
+        /// Runs of each load in each mode.
+        #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
+        runs: u32,
+        /// Seconds of each.
+        #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=3600))]
+        seconds: u32,
+        /// Size of the disk.
+        #[arg(long, default_value = "256MiB", value_parser = memory)]
+        disk: u64,
+        /// Time between two checkpoints, as in `pair.toml`.
+        #[arg(long, default_value = "25ms")]
+        epoch: String,
+        /// Only loads whose names contain this.
+        #[arg(long, default_value = "")]
+        only: String,
+    },
 }
 
 /// What is compared with a guest that nobody protects.
@@ -161,6 +179,11 @@ fn measure(Cli { what, json }: Cli) -> anyhow::Result<()> {
         What::Base { shares, rounds, memory, filled_pages } => {
             let plan = base::Plan { shares, rounds, memory, filled_pages };
             let report = base::run(&plan, &built()?, progress)?;
+            tell(&report.table(), &report, json)
+        }
+        What::Disk { runs, seconds, disk, epoch, only } => {
+            let plan = disk::Plan { runs, seconds, disk_bytes: disk, epoch, only };
+            let report = disk::run(&plan, progress)?;
             tell(&report.table(), &report, json)
         }
     }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use tests::explore::disk::{self, Bounds};
 use tests::explore::heal::heal;
 use tests::explore::mind::Memory;
 use tests::explore::search::{Limits, Outcome, search, summary, tell};
@@ -22,6 +23,20 @@ enum What {
     List,
     /// Explores configurations to the end; all that are for every day when none is named.
     Run(Run),
+    /// Explores what may become of disks: writes, flushes, epochs, a takeover and power cuts.
+    Disks {
+        /// Which bounds; all that are for every day when none is named.
+        names: Vec<String>,
+        /// Gives up after so many states.
+        #[arg(long, default_value_t = 10_000_000)]
+        states: usize,
+        /// In place of the bound: changes of the disk.
+        #[arg(long, value_parser = clap::value_parser!(u8).range(0..=9))]
+        writes: Option<u8>,
+        /// In place of the bound: epochs that end.
+        #[arg(long, value_parser = clap::value_parser!(u8).range(0..=9))]
+        epochs: Option<u8>,
+    },
     /// Breaks one rule after another and looks for it. Needs a build with the feature `mutants`.
     #[cfg(feature = "mutants")]
     Mutants {
@@ -69,13 +84,42 @@ fn main() -> ExitCode {
     let good = match Args::parse().what {
         What::List => {
             Setup::all().iter().for_each(|setup| println!("{:<12} {}", setup.name, setup.about));
+            Bounds::all().iter().for_each(|bounds| println!("disks {:<6} {}", bounds.name, bounds.about));
             true
         }
         What::Run(asked) => run(&asked),
+        What::Disks { names, states, writes, epochs } => disks(&names, states, (writes, epochs)),
         #[cfg(feature = "mutants")]
         What::Mutants { names, threads, states, traces } => hunts(&names, usize::from(threads), states, traces),
     };
     if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn disks(names: &[String], states: usize, (writes, epochs): (Option<u8>, Option<u8>)) -> bool {
+    let mut good = true;
+    let wanted =
+        |bounds: &Bounds| if names.is_empty() { bounds.daily } else { names.iter().any(|name| name == bounds.name) };
+    for mut bounds in Bounds::all().into_iter().filter(wanted) {
+        bounds.writes = writes.unwrap_or(bounds.writes);
+        bounds.epochs = epochs.unwrap_or(bounds.epochs);
+        println!("{bounds:?}");
+        let outcome = disk::search::search(bounds, states, true);
+        println!(
+            "{}: {} states, {} steps, depth {}, {:.1} s, {}",
+            bounds.name,
+            outcome.states,
+            outcome.transitions,
+            outcome.depth,
+            outcome.took.as_secs_f64(),
+            if outcome.complete { "complete, 0 violations" } else { "NOT complete" }
+        );
+        println!("  states with: {:?}", outcome.seen);
+        if let Some((trace, violation)) = &outcome.found {
+            println!("{}  {violation}", disk::search::tell(trace));
+        }
+        good &= outcome.complete;
+    }
+    good
 }
 
 fn run(asked: &Run) -> bool {
@@ -181,6 +225,35 @@ fn hunts(names: &[String], threads: usize, states: usize, traces: bool) -> bool 
             }
         }
     }
+    survivors += hunt_in_disks(names, states, traces);
     println!("{survivors} survive");
     survivors == 0
+}
+
+/// The same for the rules of disks.
+#[cfg(feature = "mutants")]
+fn hunt_in_disks(names: &[String], states: usize, traces: bool) -> usize {
+    let mut survivors = 0;
+    for (mutant, _) in disk::HUNTED {
+        let name = format!("{mutant:?}");
+        if !names.is_empty() && !names.contains(&name) {
+            continue;
+        }
+        let (bounds, outcome) = disk::search::hunt(mutant, states);
+        let (seconds, states) = (outcome.took.as_secs_f64(), outcome.states);
+        let Some((trace, violation)) = &outcome.found else {
+            survivors += 1;
+            println!("{name:<26} SURVIVES {states} states of disks {}, {seconds:.1} s", bounds.name);
+            continue;
+        };
+        println!(
+            "{name:<26} {:>3} steps {states:>8} states {seconds:>6.1} s  disks {}: {violation}",
+            trace.len(),
+            bounds.name
+        );
+        if traces {
+            println!("{}", disk::search::tell(trace));
+        }
+    }
+    survivors
 }

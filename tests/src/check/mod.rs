@@ -3,6 +3,8 @@
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
+pub mod disk;
+
 use failover::arbiter::{NodeRef, Reason, Record};
 use failover::decide::{Gate, View};
 
@@ -33,6 +35,8 @@ struct Content {
     /// Pages written in this epoch, one bit each.
     touched: u64,
     pages: [u64; PAGES],
+    /// The disk, if there is one, and how many changes of disks there had been.
+    disk: Option<(disk::Shadow, u64)>,
 }
 
 /// What is true of one process's life.
@@ -74,6 +78,7 @@ pub struct Ghost {
     /// An operator forced something, or restored an old content of the arbiter: what was promised before is void.
     forced: bool,
     violation: Option<Violation>,
+    disks: disk::Disks,
     /// What happened, for those who must know that a run was not vacuous.
     pub seen: Seen,
 }
@@ -105,6 +110,12 @@ pub struct Seen {
     pub refusals: u64,
     /// Times that a fenced side began anew as the backup.
     pub rejoins: u64,
+    /// Flushes of the guest's disk.
+    pub flushes: u64,
+    /// Times that a backup's disk was brought in line with its owner's.
+    pub disk_bases: u64,
+    /// Times that files were looked at as a power cut would have left them.
+    pub exams: u64,
 }
 
 impl Seen {
@@ -123,6 +134,9 @@ impl Seen {
             protections,
             refusals,
             rejoins,
+            flushes,
+            disk_bases,
+            exams,
         } = other;
         self.epochs += epochs;
         self.commits += commits;
@@ -136,6 +150,9 @@ impl Seen {
         self.protections += protections;
         self.refusals += refusals;
         self.rejoins += rejoins;
+        self.flushes += flushes;
+        self.disk_bases += disk_bases;
+        self.exams += exams;
     }
 }
 
@@ -283,6 +300,7 @@ impl Ghost {
     pub fn sealed(&mut self, who: Who, epoch: u64, machine: &mut SimMachine) {
         self.seen.epochs += 1;
         let touched = machine.take_touched();
+        let disk = self.disks.shadow(who.life);
         let life = self.life(who.life);
         if epoch <= life.sealed {
             let last = life.sealed;
@@ -295,7 +313,7 @@ impl Ghost {
         for page in (0..PAGES).filter(|p| touched >> p & 1 == 1) {
             pages[page] = machine.page_hash(page);
         }
-        let content = Content { epoch, touched, pages: *pages };
+        let content = Content { epoch, touched, pages: *pages, disk };
         life.contents.push_back(content);
         if life.contents.len() > REMEMBERED {
             life.contents.pop_front();
@@ -373,6 +391,12 @@ impl Ghost {
                 format!("{when}: life {owner} let out epoch {released}, life {backup}, in sync, holds {covered}"),
             );
         }
+    }
+
+    /// Whether somebody could take over now: the record names a backup that lives and holds something.
+    pub fn could_take_over(&self, record: &Record) -> bool {
+        let backup = record.in_sync.as_ref().and_then(|b| self.by_node(b)).map(|id| &self.lives[&id]);
+        !self.forced && backup.is_some_and(|life| life.ended.is_none() && life.committed.is_some())
     }
 
     /// The record was written.

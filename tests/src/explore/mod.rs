@@ -14,8 +14,10 @@
 //! * [`search`]: breadth first, so that a trace to a violation is a shortest one
 //! * [`heal`]: from states of the search on, with everything repaired: the pair must recover
 //! * [`mutants`]: the same with one rule broken; each must be found
+//! * [`disk`]: another world, of disks: their real machinery, and a power cut at any moment
 
 pub mod claims;
+pub mod disk;
 pub mod ghost;
 pub mod heal;
 pub mod mind;

@@ -1,5 +1,7 @@
 //! An anonymous network namespace, held by a thread that lives in it.
 
+use std::cell::Cell;
+use std::ffi::OsStr;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -18,6 +20,8 @@ pub struct NetNs {
     jobs: Option<Sender<Job>>,
     thread: Option<JoinHandle<()>>,
     path: PathBuf,
+    /// It has mounts of its own.
+    mounts: Cell<bool>,
 }
 
 impl NetNs {
@@ -39,7 +43,7 @@ impl NetNs {
             })
             .map_err(Error::io("cannot start a thread"))?;
         let path = made.recv().expect("the thread answers once").map_err(|source| Error::NoNamespaces { source })?;
-        let ns = Self { jobs: Some(jobs), thread: Some(thread), path };
+        let ns = Self { jobs: Some(jobs), thread: Some(thread), path, mounts: Cell::new(false) };
         ns.run(quiet).map_err(Error::io("cannot set the namespace's sysctls"))?;
         ns.ip("link set lo up\n")?;
         Ok(ns)
@@ -69,6 +73,36 @@ impl NetNs {
     pub fn spawn(&self, mut command: Command) -> io::Result<Child> {
         sys::die_with_parent(&mut command);
         self.run(move || command.spawn())
+    }
+
+    /// Puts an empty file system of `bytes` bytes, in memory, in the place of a directory: for children that are started from now on. Nobody else sees it there; it
+    /// goes with this value.
+    pub fn mount_memory(&self, at: &Path, bytes: u64) -> Result<()> {
+        if !self.mounts.replace(true) {
+            self.run(sys::unshare_mounts).map_err(|source| Error::NoNamespaces { source })?;
+            self.mount(&["--make-rprivate".as_ref(), "/".as_ref()])?;
+        }
+        let size = format!("size={bytes},mode=0700");
+        self.mount(&["-t".as_ref(), "tmpfs".as_ref(), "-o".as_ref(), size.as_ref(), "none".as_ref(), at.as_os_str()])
+    }
+
+    /// Changes how such a file system is mounted: `size=BYTES`, `ro`, `rw`.
+    pub fn remount(&self, at: &Path, options: &str) -> Result<()> {
+        let options = format!("remount,{options}");
+        self.mount(&["-o".as_ref(), options.as_ref(), at.as_os_str()])
+    }
+
+    fn mount(&self, words: &[&OsStr]) -> Result<()> {
+        let mut command = Command::new("mount");
+        command.args(words);
+        tools::run(self, command, "", Duration::from_secs(10))?.success("mount").map(drop)
+    }
+
+    /// The file that children in the namespace call `path`, by a name under which everybody finds it.
+    #[must_use]
+    pub fn seen_from_outside(&self, path: &Path) -> PathBuf {
+        let (true, Ok(below)) = (self.mounts.get(), path.strip_prefix("/")) else { return path.to_owned() };
+        self.path.ancestors().nth(2).unwrap_or(&self.path).join("root").join(below)
     }
 
     /// Runs lines of `ip -batch` in the namespace.

@@ -25,6 +25,8 @@ use super::{Error, MachineKind, Node, Result, clock};
 const POLL: Duration = Duration::from_millis(3);
 /// How long the guest may take to boot and to be protected.
 pub const START_LIMIT: Duration = Duration::from_secs(60);
+/// Where a host's images are, in its state directory.
+const IMAGES: &str = "images";
 /// How long `ftctl` may take.
 const CTL_LIMIT: Duration = Duration::from_secs(20);
 
@@ -43,6 +45,8 @@ pub struct PairOptions {
     pub cmdline: String,
     /// Bytes of each of the guest's disks; each side has an image of its own in its directory.
     pub disks: Vec<u64>,
+    /// Images and maps of these hosts are on a file system of their own with so many bytes (see [`Pair::remount`]).
+    pub disk_space: Vec<(Node, u64)>,
     /// The table `[arbiter]`; a file in the pair's directory when there is none.
     pub arbiter: Option<String>,
     /// Lines added to `pair.toml`, whole tables.
@@ -62,6 +66,7 @@ impl PairOptions {
             epoch: "25ms".into(),
             cmdline: String::new(),
             disks: Vec::new(),
+            disk_space: Vec::new(),
             arbiter: None,
             extra: String::new(),
             files: None,
@@ -92,9 +97,13 @@ impl Pair {
             .map_err(Error::io("cannot make a directory for the pair's files"))?;
         for node in Node::BOTH {
             let state = dir.path().join(node.as_str());
-            fs::create_dir(&state).map_err(Error::io(format!("cannot make {}", state.display())))?;
+            let images = state.join(IMAGES);
+            fs::create_dir_all(&images).map_err(Error::io(format!("cannot make {}", images.display())))?;
+            for (_, bytes) in options.disk_space.iter().filter(|(of, _)| *of == node) {
+                network.host(node).mount_memory(&images, *bytes)?;
+            }
             for (disk, bytes) in options.disks.iter().enumerate() {
-                let path = image_path(dir.path(), node, disk);
+                let path = network.host(node).seen_from_outside(&image_path(dir.path(), node, disk));
                 let made = fs::File::create_new(&path).and_then(|file| file.set_len(*bytes));
                 made.map_err(Error::io(format!("cannot make {}", path.display())))?;
             }
@@ -148,7 +157,18 @@ impl Pair {
     /// A host's image of a disk.
     #[must_use]
     pub fn image(&self, node: Node, disk: usize) -> PathBuf {
-        image_path(self.dir.path(), node, disk)
+        self.network.host(node).seen_from_outside(&image_path(self.dir.path(), node, disk))
+    }
+
+    /// A host's directory of images and maps.
+    #[must_use]
+    pub fn images(&self, node: Node) -> PathBuf {
+        self.network.host(node).seen_from_outside(&self.dir.path().join(node.as_str()).join(IMAGES))
+    }
+
+    /// Changes the file system of a host's images, which must be one of its own: `size=BYTES`, `ro`, `rw`.
+    pub fn remount(&self, node: Node, options: &str) -> Result<()> {
+        self.network.host(node).remount(&self.dir.path().join(node.as_str()).join(IMAGES), options)
     }
 
     /// Waits until both hosts' images of a disk are equal, which they are soon after the guest became still; the first byte that differs if they never are.
@@ -422,12 +442,13 @@ fn first_difference(one: &Path, other: &Path) -> std::io::Result<Option<u64>> {
 }
 
 fn image_path(dir: &Path, node: Node, disk: usize) -> PathBuf {
-    dir.join(node.as_str()).join(format!("disk{disk}.img"))
+    dir.join(node.as_str()).join(IMAGES).join(format!("disk{disk}.img"))
 }
 
 /// `pair.toml` for two hosts in namespaces.
 fn config_text(dir: &Path, guest: Option<&Path>, options: &PairOptions) -> String {
-    let PairOptions { machine, memory, vcpus, epoch, cmdline, disks, arbiter, extra, files: _ } = options;
+    let PairOptions { machine, memory, vcpus, epoch, cmdline, disks, arbiter, extra, disk_space: _, files: _ } =
+        options;
     let epoch: String = epoch.split_whitespace().map(epoch_line).collect();
     let mac = GUEST_MAC.map(|byte| format!("{byte:02x}")).join(":");
     let kernel = guest.map_or(String::new(), |path| format!("kernel = {:?}\n", path.display().to_string()));

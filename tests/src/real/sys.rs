@@ -17,6 +17,12 @@ pub(super) fn unshare_net() -> io::Result<()> {
     Ok(unsafe { unshare_unsafe(UnshareFlags::NEWNET) }?)
 }
 
+/// Gives the calling thread a list of mounts of its own, and with it a root and working directory of its own.
+pub(super) fn unshare_mounts() -> io::Result<()> {
+    // SAFETY: the flag changes what paths mean to this thread; it does not touch the descriptor table or memory.
+    Ok(unsafe { unshare_unsafe(UnshareFlags::NEWNS) }?)
+}
+
 /// Makes the child die (SIGKILL) when the thread that starts it ends, for whatever cause.
 pub(super) fn die_with_parent(command: &mut Command) {
     let parent = getpid();

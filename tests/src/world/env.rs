@@ -8,13 +8,14 @@ use bytes::Bytes;
 use failover::arbiter::{Reason, Record};
 use failover::decide::{Answer, ArbiterRequest, OpId};
 use primary::protect::Session;
-use replication_proto::{Generation, Incarnation};
+use replication_proto::{Epoch, Generation, Incarnation};
 
 use super::faults::{Conditions, Fault};
 use super::guest::Utterance;
 use super::net::{ConnId, End, Net, Packet};
 use super::process::Base;
 use super::register::{Fate, Register};
+use super::storage::HostFiles;
 use super::waiter::WaiterPart;
 use super::{Nanos, Who};
 use crate::check::Ghost;
@@ -38,6 +39,14 @@ pub enum Event {
     Applier(Who),
     /// The guest does its own work.
     Guest(Who),
+    /// The guest's disk goes on with a request.
+    GuestDisk(Who),
+    /// The disks' thread of the side that waits wakes.
+    Disk(Who),
+    /// The thread that clears bits does so: the other side holds this epoch of this generation on stable storage.
+    Tidy(Who, Generation, Epoch),
+    /// What is due before the first change after a takeover is done beside.
+    Prepare(Who),
     /// An attempt to connect has come to an end.
     Dialled(Who, Session),
     /// The same, for a heartbeat connection alone.
@@ -71,6 +80,10 @@ impl Event {
             | Self::Runner(who, _)
             | Self::Applier(who)
             | Self::Guest(who)
+            | Self::GuestDisk(who)
+            | Self::Disk(who)
+            | Self::Tidy(who, ..)
+            | Self::Prepare(who)
             | Self::Dialled(who, _)
             | Self::Asked(who)
             | Self::Answered(who, ..) => Some(who.node),
@@ -105,6 +118,10 @@ impl Event {
             Self::Start(node) => 15 ^ (*node as u64) << 8,
             Self::Resume(node) => 16 ^ (*node as u64) << 8,
             Self::GiveUp => 17,
+            Self::GuestDisk(who) => 18 ^ u64::from(who.life) << 8,
+            Self::Disk(who) => 19 ^ u64::from(who.life) << 8,
+            Self::Tidy(who, ..) => 20 ^ u64::from(who.life) << 8,
+            Self::Prepare(who) => 21 ^ u64::from(who.life) << 8,
         }
     }
 }
@@ -157,6 +174,10 @@ pub struct Env {
     pub persisted: [Generation; 2],
     /// Nodes whose process wants to go on as the other program.
     pub wants_backup: [bool; 2],
+    /// The files of both hosts, if the guest has a disk.
+    pub hosts: Option<[HostFiles; 2]>,
+    /// Chance in what concerns disks: apart, so that a world without one stays what it is.
+    pub disk_rng: Rng,
     queue: BinaryHeap<Reverse<Planned>>,
     planned: u64,
     boots: u64,
@@ -180,6 +201,8 @@ impl Env {
             lan_port: None,
             persisted: [Generation(0); 2],
             wants_backup: [false; 2],
+            hosts: None,
+            disk_rng: Rng::new(0),
             queue: BinaryHeap::new(),
             planned: 0,
             boots: 0,
@@ -263,7 +286,7 @@ impl Env {
 
     /// A node writes a generation down. False: its disk refuses.
     pub fn persist(&mut self, who: Who, generation: Generation) -> bool {
-        if self.conditions.disk_full[who.node] {
+        if self.conditions.disk_full[who.node] || self.is_dark(who.node) {
             return false;
         }
         let known = &mut self.persisted[who.node];
@@ -305,6 +328,9 @@ impl Env {
 
     /// Puts a packet on the way.
     pub fn send(&mut self, conn: ConnId, from: End, packet: Packet) {
+        if self.hosts.is_some() && self.net.who(conn, from).is_some_and(|who| self.is_dark(who.node)) {
+            return;
+        }
         let delay = self.transit();
         let now = self.now;
         if let Some(at) = self.net.send(conn, from, packet, now, delay) {
@@ -366,6 +392,9 @@ impl Env {
 
     /// A process asks the arbiter.
     pub fn ask_arbiter(&mut self, who: Who, op: OpId, request: ArbiterRequest) {
+        if self.is_dark(who.node) {
+            return;
+        }
         if let ArbiterRequest::Cas { record, .. } = &request
             && matches!(
                 record.reason,
@@ -410,6 +439,12 @@ impl Env {
                 self.replaced.insert(record.generation.0, before);
             }
             self.ghost.recorded(&record);
+            if record.reason == Reason::Protected
+                && let Some(owner) = self.births.get(&record.owner.incarnation.0).copied()
+            {
+                // From now on somebody else may run it.
+                self.examine(owner);
+            }
         }
         if fate == Fate::Served {
             let travel = self.rng.range(100_000, 3_000_000);
@@ -427,7 +462,17 @@ impl Env {
 
     /// A frame left a host.
     pub fn frame_left(&mut self, who: Who, frame: Bytes) {
-        self.ghost.released(who, &Utterance::decode(&frame), self.register.record());
+        if self.is_dark(who.node) {
+            return;
+        }
+        let said = Utterance::decode(&frame);
+        self.ghost.released(who, &said, self.register.record());
+        if let Some(disk) = said.registers.disk
+            && self.ghost.promise_heard(disk.promise)
+            && self.disk_rng.range(0, 3) == 0
+        {
+            self.examine(who);
+        }
         self.lan_learns(who);
         if !self.conditions.lan_cut[who.node] {
             let at = self.now + self.rng.range(20_000, 200_000);
@@ -443,6 +488,63 @@ impl Env {
                 self.at(at, Event::Frame(node, frame.to_vec()));
             }
         }
+    }
+
+    // ---- disks -----------------------------------------------------------------------------------------------------------------------
+
+    /// Whether the power of a host has failed in this very moment: what its process still does has no effect.
+    pub fn is_dark(&self, node: usize) -> bool {
+        self.hosts.as_ref().is_some_and(|hosts| hosts[node].supply.is_off())
+    }
+
+    /// The power of a host fails: its files lose what they lose.
+    pub fn files_lose(&mut self, node: usize) {
+        if let Some(hosts) = &self.hosts {
+            hosts[node].lose(&mut self.disk_rng);
+        }
+    }
+
+    /// The image of a host, if the guest has a disk.
+    pub fn image(&self, node: usize) -> Option<Vec<u8>> {
+        self.hosts.as_ref().map(|hosts| hosts[node].image())
+    }
+
+    /// A guest is booted: what is on its disk decides what it knows.
+    pub fn boots_from_disk(&mut self, who: Who) {
+        if let Some(image) = self.image(who.node) {
+            self.ghost.disk_begins(who, &image);
+        }
+    }
+
+    /// Somebody was just told of a flush: it must be found in the files of everybody who could run the guest, even if their power failed now.
+    fn examine(&mut self, owner: Who) {
+        let Some(hosts) = &self.hosts else { return };
+        let mut nodes = vec![owner.node];
+        if let Some(record) = self.register.record()
+            && self.ghost.could_take_over(record)
+        {
+            nodes.extend((0..2).filter(|node| *node != owner.node));
+        }
+        self.ghost.seen.exams += 1;
+        for node in nodes {
+            let survivors = hosts[node].survivors(&mut self.disk_rng);
+            match survivors.open(Incarnation(1)) {
+                Ok(_) => self.ghost.check_promise(&format!("host {node}, had its power failed"), &survivors.image()),
+                Err(why) => self.ghost.broken("flush", format!("host {node}, had its power failed: {why}")),
+            }
+        }
+    }
+
+    /// How long the guest's disk takes for the next thing.
+    pub fn guest_disk_interval(&mut self) -> Nanos {
+        let most = if self.conditions.storm { 1_000_000 } else { 12_000_000 };
+        self.disk_rng.range(50_000, most)
+    }
+
+    /// How long the disks' thread of the side that waits takes for the next thing.
+    pub fn disk_delay(&mut self) -> Nanos {
+        let most = if self.conditions.slow_disk { 120_000_000 } else { 1_500_000 };
+        self.disk_rng.range(10_000, most)
     }
 
     // ---- the guest and the applier -------------------------------------------------------------------------------------------------

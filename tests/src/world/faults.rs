@@ -7,6 +7,7 @@ use failover::decide::{Command, GuestEnd};
 
 use super::Nanos;
 use super::register::Fate;
+use super::storage::Trouble;
 use crate::real::rng::Rng;
 
 const MS: Nanos = 1_000_000;
@@ -54,6 +55,8 @@ pub struct Conditions {
     pub slow_applier: bool,
     /// About how often the guest does something by itself.
     pub guest_interval: Nanos,
+    /// The backup's disk is slow.
+    pub slow_disk: bool,
 }
 
 impl Default for Conditions {
@@ -71,6 +74,7 @@ impl Default for Conditions {
             storm: false,
             slow_applier: false,
             guest_interval: 10 * MS,
+            slow_disk: false,
         }
     }
 }
@@ -150,6 +154,12 @@ pub enum Fault {
     SlowApplier(bool),
     /// The process is replaced by one with another machine, or with the right one.
     Skew(usize, u64),
+    /// The host loses its power within so many changes of its files.
+    CutWithin(usize, u64),
+    /// The files of a host have this trouble, or none.
+    Storage(usize, Option<Trouble>),
+    /// The backup's disk is slow, or is not.
+    SlowDisk(bool),
 }
 
 /// The kinds of faults that a world may have.
@@ -213,6 +223,14 @@ pub enum Kind {
     PauseProtection,
     /// The guest goes to the other side and comes back.
     Drill,
+    /// A host loses its power in the midst of changing its files.
+    PowerCut,
+    /// Both hosts do.
+    Blackout,
+    /// The files of a host cannot be changed or synced for a while.
+    DiskTrouble,
+    /// The backup's disk is slow.
+    SlowDisk,
 }
 
 impl Kind {
@@ -247,6 +265,8 @@ impl Kind {
 
     /// Those that were thought of later. They are drawn apart, so that the worlds of the seeds that are known stay what they are.
     pub const LATER: [Self; 4] = [Self::Isolate, Self::Rejoin, Self::PauseProtection, Self::Drill];
+    /// Those of worlds whose guest has a disk, drawn apart.
+    pub const DISKS: [Self; 4] = [Self::PowerCut, Self::Blackout, Self::DiskTrouble, Self::SlowDisk];
 
     /// The faults of one occurrence, with the time of each after its beginning.
     pub fn draw(self, rng: &mut Rng) -> Vec<(Nanos, Fault)> {
@@ -312,6 +332,7 @@ impl Kind {
             Self::SlowApplier => vec![(0, Fault::SlowApplier(true)), (long, Fault::SlowApplier(false))],
             Self::Skew => vec![(0, Fault::Skew(node, 1)), (long, Fault::Skew(node, 0))],
             Self::Isolate | Self::Rejoin | Self::PauseProtection | Self::Drill => self.draw_later(node, long, rng),
+            Self::PowerCut | Self::Blackout | Self::DiskTrouble | Self::SlowDisk => self.draw_disk(node, long, rng),
         }
     }
 
@@ -336,6 +357,24 @@ impl Kind {
                 (0, Fault::Command(0, Command::Switchover)),
                 (long + 1_000 * MS, Fault::Command(node, Command::Switchover)),
             ],
+        }
+    }
+
+    fn draw_disk(self, node: usize, long: Nanos, rng: &mut Rng) -> Vec<(Nanos, Fault)> {
+        let cut = |node, rng: &mut Rng| {
+            let (within, latest) = (rng.range(0, 24), rng.range(0, 400) * MS);
+            let up = latest + 500 * MS + rng.range(0, 3_000) * MS;
+            [(0, Fault::CutWithin(node, within)), (latest, Fault::PowerOff(node)), (up, Fault::PowerOn(node))]
+        };
+        match self {
+            Self::PowerCut => cut(node, rng).to_vec(),
+            Self::Blackout => [cut(0, rng), cut(1, rng)].concat(),
+            Self::DiskTrouble => {
+                let troubles = [Trouble::Full, Trouble::Writes, Trouble::Syncs];
+                let trouble = troubles[usize::try_from(rng.range(0, 3)).expect("small")];
+                vec![(0, Fault::Storage(node, Some(trouble))), (long / 2, Fault::Storage(node, None))]
+            }
+            _ => vec![(0, Fault::SlowDisk(true)), (long, Fault::SlowDisk(false))],
         }
     }
 }

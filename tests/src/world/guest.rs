@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use crossbeam::channel::{Receiver, never};
 use vm_memory::{Bytes, GuestAddress};
+use vmm::disk::{ByteRange, Disk};
 use vmm::machine::{
     BootError, CaptureError, DirtyError, MachineEvent, PauseError, RestoreError, RunError, StopTimings,
 };
@@ -43,6 +44,21 @@ pub struct Registers {
     pub history: u64,
     /// The last request of each client that was carried out.
     pub done: [u64; CLIENTS],
+    /// What it is at with its disk, if it has one.
+    pub disk: Option<DiskRegisters>,
+}
+
+/// What the guest is at with its disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DiskRegisters {
+    /// The request that is not completed, and all that it is about; 0: none.
+    pub request: u64,
+    /// Changes that were completed.
+    pub writes: u64,
+    /// … and how many of them when a flush was completed last,
+    pub flushed: u64,
+    /// which was this request.
+    pub promise: u64,
 }
 
 /// What the guest says: a frame's content.
@@ -54,31 +70,35 @@ pub struct Utterance {
     pub registers: Registers,
 }
 
-const WORDS: usize = 4 + CLIENTS;
+/// Words of the registers without a disk, and with one.
+const WORDS: usize = 3 + CLIENTS;
+const WORDS_MAX: usize = WORDS + 4;
 
 impl Registers {
-    fn words(&self) -> [u64; WORDS - 1] {
-        let mut words = [0; WORDS - 1];
+    fn words(&self) -> ([u64; WORDS_MAX], usize) {
+        let mut words = [0; WORDS_MAX];
         [words[0], words[1], words[2]] = [self.boot, self.step, self.history];
-        words[3..].copy_from_slice(&self.done);
-        words
+        words[3..WORDS].copy_from_slice(&self.done);
+        let Some(DiskRegisters { request, writes, flushed, promise }) = self.disk else { return (words, WORDS) };
+        words[WORDS..].copy_from_slice(&[request, writes, flushed, promise]);
+        (words, WORDS_MAX)
     }
 
     fn of(words: &[u64]) -> Self {
         let mut done = [0; CLIENTS];
-        done.copy_from_slice(&words[3..3 + CLIENTS]);
-        Self { boot: words[0], step: words[1], history: words[2], done }
+        done.copy_from_slice(&words[3..WORDS]);
+        let disk = match words[WORDS..] {
+            [request, writes, flushed, promise] => Some(DiskRegisters { request, writes, flushed, promise }),
+            _ => None,
+        };
+        Self { boot: words[0], step: words[1], history: words[2], done, disk }
     }
 }
 
 impl Utterance {
-    fn encode(&self) -> [u8; WORDS * 8] {
-        let mut out = [0; WORDS * 8];
-        let words = std::iter::once(self.client).chain(self.registers.words());
-        for (into, word) in out.as_chunks_mut::<8>().0.iter_mut().zip(words) {
-            *into = word.to_le_bytes();
-        }
-        out
+    fn encode(&self) -> Vec<u8> {
+        let (words, count) = self.registers.words();
+        std::iter::once(self.client).chain(words).take(1 + count).flat_map(u64::to_le_bytes).collect()
     }
 
     /// Reads a frame of this guest.
@@ -87,9 +107,51 @@ impl Utterance {
     /// On any other frame: nobody else speaks on a simulated LAN.
     pub fn decode(frame: &[u8]) -> Self {
         let words: Vec<u64> = frame.as_chunks::<8>().0.iter().map(|b| u64::from_le_bytes(*b)).collect();
-        assert_eq!((words.len(), frame.len()), (WORDS, WORDS * 8), "a frame of the simulated guest");
+        let whole = [WORDS, WORDS_MAX].contains(&(words.len() - 1)) && frame.len() == words.len() * 8;
+        assert!(whole, "a frame of the simulated guest");
         Self { client: words[0], registers: Registers::of(&words[1..]) }
     }
+}
+
+/// Bytes of a piece of the disk: what the guest changes at a time.
+pub const PIECE_BYTES: u64 = 4096;
+/// Pieces of the disk: 16 blocks of a dirty map.
+pub const PIECES: u64 = 256;
+
+/// What the guest asks of its disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Request {
+    /// Fill a piece with the request's number.
+    Write(u64),
+    /// Fill it with zeroes.
+    Zero(u64),
+    /// Everything that was completed is on stable storage.
+    Flush,
+}
+
+impl Request {
+    /// The meaning of a request's number. The guest works in one corner of its disk for a while, so that others become quiet.
+    fn of(request: u64, writes: u64) -> Self {
+        let block = (writes / 24 + (request >> 8) % 2) % 16;
+        let piece = block * 16 + (request >> 16) % 16;
+        match (request >> 32) % 10 {
+            0 | 1 => Self::Flush,
+            2 => Self::Zero(piece),
+            _ => Self::Write(piece),
+        }
+    }
+
+    fn range(self) -> Option<ByteRange> {
+        match self {
+            Self::Write(piece) | Self::Zero(piece) => Some(ByteRange { offset: piece * PIECE_BYTES, len: PIECE_BYTES }),
+            Self::Flush => None,
+        }
+    }
+}
+
+/// A piece that is full of one number.
+pub fn stamped(stamp: u64) -> Vec<u8> {
+    stamp.to_le_bytes().repeat(512)
 }
 
 /// A client's request, as a frame.
@@ -111,6 +173,9 @@ pub struct SimMachine {
     touched: u64,
     /// Processor time that it has used.
     ran: Duration,
+    disk: Option<Arc<dyn Disk>>,
+    /// What must be durable before the request that is not completed begins is so.
+    announced: bool,
 }
 
 impl SimMachine {
@@ -118,7 +183,7 @@ impl SimMachine {
     ///
     /// # Panics
     /// When the host has no memory.
-    pub fn build(outputs: Arc<dyn Outputs>, skew: u64) -> Self {
+    pub fn build(outputs: Arc<dyn Outputs>, skew: u64, disk: Option<Arc<dyn Disk>>) -> Self {
         let ram = Arc::new(GuestRam::tiny(1).expect("256 KiB of memory"));
         let ledger = DirtyLedger::new(&ram);
         Self {
@@ -132,12 +197,15 @@ impl SimMachine {
             waiting: VecDeque::new(),
             touched: 0,
             ran: Duration::ZERO,
+            disk,
+            announced: false,
         }
     }
 
     /// Makes it the `boot`-th guest of this world.
     pub fn boot(&mut self, boot: u64) {
-        self.registers = Registers { boot, history: mix(boot), ..Registers::default() };
+        let disk = self.disk.as_ref().map(|_| DiskRegisters::default());
+        self.registers = Registers { boot, history: mix(boot), disk, ..Registers::default() };
         self.ready = true;
         self.store();
     }
@@ -192,6 +260,71 @@ impl SimMachine {
         }
     }
 
+    /// The guest's disk driver queues a request when none is there; otherwise the device carries on with the one that is. `None`: the guest does
+    /// not run, or has no disk.
+    pub fn next_request(&mut self) -> Option<(Request, u64)> {
+        let DiskRegisters { request, writes, .. } = self.registers.disk.filter(|_| self.running)?;
+        if request != 0 {
+            return Some((Request::of(request, writes), request));
+        }
+        self.turn(11);
+        let request = self.registers.history | 1;
+        self.set_disk(|disk| disk.request = request);
+        Some((Request::of(request, writes), request))
+    }
+
+    /// What must be durable before the request begins, becomes so. True: it is so already, and the request may begin.
+    ///
+    /// # Errors
+    /// The disk's.
+    pub fn announce(&mut self, request: Request) -> io::Result<bool> {
+        if std::mem::replace(&mut self.announced, true) {
+            return Ok(true);
+        }
+        match (&self.disk, request.range()) {
+            (Some(disk), Some(range)) => disk.announce(range).map(|()| false),
+            _ => Ok(true),
+        }
+    }
+
+    /// The device does what the request wants.
+    ///
+    /// # Errors
+    /// The disk's.
+    pub fn carry_out(&mut self, request: Request, stamp: u64) -> io::Result<()> {
+        let Some(disk) = &self.disk else { return Ok(()) };
+        match request {
+            Request::Write(piece) => disk.write(piece * PIECE_BYTES, &stamped(stamp)),
+            Request::Zero(piece) => disk.discard(ByteRange { offset: piece * PIECE_BYTES, len: PIECE_BYTES }),
+            Request::Flush => disk.flush(),
+        }
+    }
+
+    /// The request is completed, well or not: the guest is told, and sometimes tells the world.
+    pub fn complete(&mut self, request: Request, well: bool) {
+        self.announced = false;
+        self.turn(if well { 13 } else { 17 });
+        self.set_disk(|disk| {
+            let DiskRegisters { request: pending, writes, flushed, promise } = disk;
+            match request {
+                Request::Flush if well => (*flushed, *promise) = (*writes, *pending),
+                Request::Flush => {}
+                Request::Write(_) | Request::Zero(_) => *writes += 1,
+            }
+            *pending = 0;
+        });
+        if request == Request::Flush {
+            self.say(CLIENTS);
+        }
+    }
+
+    fn set_disk(&mut self, change: impl FnOnce(&mut DiskRegisters)) {
+        if let Some(disk) = &mut self.registers.disk {
+            change(disk);
+        }
+        self.store();
+    }
+
     /// A frame reached the guest's network device.
     pub fn receive(&mut self, frame: &[u8]) {
         if self.running {
@@ -215,6 +348,10 @@ impl SimMachine {
         self.say(at);
     }
 
+    fn words(&self) -> usize {
+        if self.disk.is_some() { WORDS_MAX } else { WORDS }
+    }
+
     fn turn(&mut self, with: u64) {
         self.registers.step += 1;
         self.registers.history = mix(self.registers.history ^ with.rotate_left(9));
@@ -228,9 +365,9 @@ impl SimMachine {
     }
 
     fn store(&mut self) {
-        let words = self.registers.words();
-        for (at, word) in (0u64..).zip(words) {
-            self.write(STATE + at * 8, word);
+        let (words, count) = self.registers.words();
+        for (at, word) in (0u64..).zip(&words[..count]) {
+            self.write(STATE + at * 8, *word);
         }
     }
 
@@ -269,7 +406,7 @@ impl Machine for SimMachine {
                 .map_or(RestoreError::Missing(SectionKind::MODEL), |s| RestoreError::Unexpected(s.kind)));
         };
         let words: Vec<u64> = section.bytes.as_chunks::<8>().0.iter().map(|b| u64::from_le_bytes(*b)).collect();
-        if section.kind != SectionKind::MODEL || section.version != VERSION || words.len() != WORDS - 1 {
+        if section.kind != SectionKind::MODEL || section.version != VERSION || words.len() != self.words() {
             return Err(RestoreError::Unexpected(section.kind));
         }
         self.registers = Registers::of(&words);
@@ -314,14 +451,13 @@ impl Machine for SimMachine {
     fn capture(&mut self, _token: &Stopped) -> Result<Vec<Section>, CaptureError> {
         let captures = self.read(CAPTURES) + 1;
         self.write(CAPTURES, captures);
-        let stored = Registers::of(&std::array::from_fn::<u64, { WORDS - 1 }, _>(|at| {
-            self.read(STATE + u64::try_from(at).expect("few words") * 8)
-        }));
-        if stored != self.registers {
+        let (words, count) = self.registers.words();
+        let same = |(at, word): (u64, &u64)| self.read(STATE + at * 8) == *word;
+        if !(0u64..).zip(&words[..count]).all(same) {
             let source = io::Error::other("the guest's memory is not that of its registers");
             return Err(CaptureError::Host { what: "registers".into(), source });
         }
-        let bytes = self.registers.words().iter().flat_map(|w| w.to_le_bytes()).collect();
+        let bytes = words[..count].iter().flat_map(|w| w.to_le_bytes()).collect();
         Ok(vec![Section { kind: SectionKind::MODEL, version: VERSION, bytes }])
     }
 

@@ -10,15 +10,17 @@ use failover::arbiter::NodeRef;
 use failover::config::EpochPace;
 use failover::decide::{ColdStart, CoreConfig, CoreTimers, Input, OnBackupLoss, Rejoin, Role, StateName, Ticket};
 use failover::status::{Labels, NodeRole, StatusBoard};
-use replication_proto::{Incarnation, NodeName, VmId};
+use replication_proto::{Incarnation, NodeName, Point, VmId};
 
 pub mod env;
 pub mod faults;
 pub mod guest;
+pub mod keeper;
 pub mod net;
 pub mod owner;
 pub mod process;
 pub mod register;
+pub mod storage;
 mod strike;
 pub mod twice;
 pub mod waiter;
@@ -28,6 +30,7 @@ use faults::{Fault, Kind};
 use guest::{CLIENTS, Utterance, request};
 use net::Delivery;
 use process::{Base, Part, Process, Settings};
+use storage::{HostFiles, OpenDisks};
 use waiter::WaiterPart;
 
 use crate::check::{Seen, Violation};
@@ -42,6 +45,8 @@ const SECOND: Nanos = 1_000 * MS;
 const UNACKNOWLEDGED: Nanos = 5 * SECOND;
 /// How long a pair may take to be whole again when nothing fails any more.
 const RECOVERY: Nanos = 120 * SECOND;
+/// After so long, a person starts those processes again whose files failed.
+const OPERATOR_PATIENCE: Nanos = 15 * SECOND;
 /// A client that got no answer asks again.
 const CLIENT_PATIENCE: Nanos = 200 * MS;
 
@@ -96,6 +101,8 @@ pub struct Plan {
     pub length: Nanos,
     /// Whether everything is put right afterwards, and must then be well.
     pub recovers: bool,
+    /// Whether the guest has a disk.
+    pub disk: bool,
 }
 
 impl Plan {
@@ -129,7 +136,19 @@ impl Plan {
             pause: pick(&mut rng, &[300, 1_000, 3_000, 8_000]) * MS,
             length: pick(&mut rng, &[10, 20, 30]) * SECOND,
             recovers: true,
+            disk: false,
         }
+        .with_disk(!mix(seed ^ 0xd15c).is_multiple_of(4))
+    }
+
+    /// The same world, whose guest has a disk or has none.
+    pub fn with_disk(mut self, disk: bool) -> Self {
+        self.kinds.retain(|kind| !Kind::DISKS.contains(kind));
+        let mut rng = Rng::new(mix(self.seed ^ 0xd15c_0001));
+        let drawn = Kind::DISKS.into_iter().filter(|_| rng.range(0, 2) == 0);
+        self.kinds.extend(drawn.filter(|_| disk));
+        self.disk = disk;
+        self
     }
 
     /// A world in which nothing fails by itself.
@@ -141,6 +160,7 @@ impl Plan {
             rejoin: Rejoin::AfterKeep,
             retry: Duration::from_millis(50),
             jitter: 20_000,
+            disk: false,
             ..Self::draw(seed)
         }
     }
@@ -219,6 +239,8 @@ impl World {
     /// A world at its beginning. `noted`: what happens is kept in words.
     pub fn new(plan: Plan, noted: bool) -> Self {
         let mut env = Env::new(Rng::new(plan.seed), noted);
+        env.hosts = plan.disk.then(|| [HostFiles::new(), HostFiles::new()]);
+        env.disk_rng = Rng::new(mix(plan.seed ^ 0xd15c_0002));
         env.conditions.split_packet = 16;
         env.conditions.slow_packet = if plan.seed.is_multiple_of(4) { 64 } else { 0 };
         env.conditions.keep_old_packets = plan.kinds.contains(&Kind::Replay);
@@ -329,11 +351,15 @@ impl World {
         self.env.note(|| "everything is put right".into());
         self.heal();
         let deadline = self.env.now + RECOVERY;
+        let mut operator_at = Some(self.env.now + OPERATOR_PATIENCE);
         while self.env.now < deadline && self.env.ghost.violation().is_none() {
             let before = self.env.ghost.seen.answers;
             self.run_until(self.env.now + 250 * MS);
             if self.is_whole() && self.env.ghost.seen.answers > before {
                 return;
+            }
+            if operator_at.take_if(|at| *at <= self.env.now).is_some() {
+                self.start_failed_again();
             }
         }
         if self.env.ghost.violation().is_none() && !self.env.register.rolled_back {
@@ -343,12 +369,25 @@ impl World {
         }
     }
 
+    /// A process that saw a sync fail never trusts that file again: a person starts it anew.
+    fn start_failed_again(&mut self) {
+        for node in 0..2 {
+            if self.env.hosts.as_ref().is_some_and(|hosts| hosts[node].supply.has_failed()) {
+                self.strike(Fault::Kill(node));
+            }
+        }
+    }
+
     fn is_whole(&self) -> bool {
         (0..2).any(|node| self.runs(node) && self.shows(node) == (true, true))
     }
 
     fn heal(&mut self) {
         self.env.conditions.heal();
+        for files in self.env.hosts.iter().flatten() {
+            files.supply.set_trouble(None);
+            files.supply.restore();
+        }
         for node in 0..2 {
             self.strike(Fault::Mend(node));
             self.strike(Fault::Slow(node, 0));
@@ -386,6 +425,15 @@ impl World {
             self.nodes[node].deferred.push(event);
             return;
         }
+        self.handle(event);
+        for node in 0..2 {
+            if self.env.is_dark(node) {
+                self.power_off(node);
+            }
+        }
+    }
+
+    fn handle(&mut self, event: Event) {
         match event {
             Event::Loop(who) => self.turn(who),
             Event::Deliver(conn, end) => self.deliver(conn, end),
@@ -393,6 +441,12 @@ impl World {
             Event::Runner(who, session) => self.with_owner(who, |owner, base, env| owner.runner(session, base, env)),
             Event::Applier(who) => self.with_waiter(who, |waiter, base, env| waiter.applier(base, env)),
             Event::Guest(who) => self.with_owner(who, |owner, base, env| owner.guest_works(base, env)),
+            Event::GuestDisk(who) => self.with_owner(who, |owner, base, env| owner.guest_disk(base, env)),
+            Event::Disk(who) => self.with_waiter(who, |waiter, base, env| waiter.disk(base, env)),
+            Event::Tidy(who, generation, epoch) => {
+                self.with_owner(who, |owner, _, _| owner.tidy(Point { generation, epoch }));
+            }
+            Event::Prepare(who) => self.with_owner(who, |owner, _, _| owner.prepare()),
             Event::Dialled(who, session) => self.dialled(who, session),
             Event::Asked(who) => self.asked(who),
             Event::Serve(who, op, request, fate) => self.env.serve(who, op, &request, fate),
@@ -562,16 +616,32 @@ impl World {
         let incarnation =
             Incarnation(u128::from(mix(self.plan.seed ^ u64::from(self.lives) << 32)) << 32 | u128::from(self.lives));
         let me = NodeRef { node: node_name(node), incarnation };
+        let Ok(disks) = self.open_disks(node, incarnation) else {
+            return self.env.at(self.env.now + 500 * MS, Event::Start(node));
+        };
         self.env.born(who, incarnation);
         self.env.ghost.born(who, &me);
         let program = self.nodes[node].program;
         self.env.note(|| format!("{me} starts: {program:?}"));
-        let base = Base::new(who, self.settings(node, me), &self.nodes[node].board, self.env.now);
+        let base = Base::new(who, self.settings(node, me), &self.nodes[node].board, self.env.now, disks);
         let mut process = Process::start(base, &mut self.env);
         if let Program::Backup { .. } = program {
-            process.part = Part::Waiting(WaiterPart::new(&process.base));
+            process.part = Part::Waiting(WaiterPart::new(&mut process.base));
         }
         self.nodes[node].process = Some(process);
+    }
+
+    /// Opens the disks of a process that starts, if the guest has any. An error: it ends at once.
+    fn open_disks(&mut self, node: usize, me: Incarnation) -> Result<Option<OpenDisks>, ()> {
+        let Some(hosts) = &self.env.hosts else { return Ok(None) };
+        let well = hosts[node].supply.is_well();
+        hosts[node].evict(&mut self.env.disk_rng);
+        hosts[node].open(me).map(Some).map_err(|why| {
+            self.env.note(|| format!("{} cannot use its disks: {why}", node_name(node)));
+            if well && !self.env.is_dark(node) {
+                self.env.ghost.broken("files", format!("host {node} cannot use its disks: {why}"));
+            }
+        })
     }
 
     fn settings(&self, node: usize, me: NodeRef) -> Settings {

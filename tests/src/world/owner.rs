@@ -8,8 +8,8 @@ use std::time::Duration;
 use failover::RunPermit;
 use failover::decide::{Action, GuestEnd, Input, LinkLoss};
 use failover::exit::ExitCode;
-use primary::bulk::{BaseCopy, BaseStep, hashes_of};
-use primary::disk::OwnerDisks;
+use primary::bulk::{BaseCopy, BaseStep, blocks_to_look_at, hashes_of};
+use primary::disk::{DiskCopy, DiskStep, OwnerDisks};
 use primary::epoch::{Afterwards, EpochParts, StagedCheckpoint, stage};
 use primary::host::{EPOCHS_IN_FLIGHT, Flow, wire_goodbye};
 use primary::mirror::Mirror;
@@ -19,7 +19,7 @@ use primary::protect::Session;
 use primary::setup::{facts, ram_layout};
 use primary::stream::{Stream, StreamEvent};
 use primary::verify::Verifier;
-use replication_proto::{Epoch, SenderConfig, Standing};
+use replication_proto::{Comparable, Epoch, Point, SenderConfig, Standing};
 use vmm::{Machine, PageNo, PausedVm};
 
 use super::Nanos;
@@ -39,7 +39,7 @@ enum Doing {
     /// The guest runs unprotected, or not at all.
     Nothing,
     /// The base of this epoch is being copied.
-    Copying { session: Session, first: Epoch, copy: BaseCopy },
+    Copying { session: Session, first: Epoch, memory: Option<BaseCopy>, disks: Option<DiskCopy>, few: bool },
     /// One checkpoint after another.
     Epochs { session: Session, pacer: Pacer },
     /// The guest is stopped; the link stays until a command needs it no longer.
@@ -92,7 +92,7 @@ impl OwnerPart {
             ram_digest: false,
             base_share: 1.0,
             verifier: Arc::new(Verifier::new(Vec::new())),
-            disks: Arc::new(OwnerDisks::none()),
+            disks: base.disks.as_ref().map_or_else(|| Arc::new(OwnerDisks::none()), |disks| Arc::clone(&disks.owner)),
         };
         Self {
             course: Course::new(base.retry, last),
@@ -114,6 +114,10 @@ impl OwnerPart {
         self.permit = Some(permit);
         self.run();
         env.at(env.now + 1_000_000, Event::Guest(base.who));
+        if base.disks.is_some() {
+            let at = env.now + env.guest_disk_interval();
+            env.at(at, Event::GuestDisk(base.who));
+        }
         let orders = self.course.adopt(rest, base.local(env.now));
         self.carry_out_all(orders, base, env)
     }
@@ -165,7 +169,7 @@ impl OwnerPart {
         let config = SenderConfig {
             identity: base.decider.identity(),
             ram: ram_layout(&self.machine),
-            disks: Vec::new(),
+            disks: base.disk_sizes(),
             facts: facts(&self.machine),
             max_in_flight: EPOCHS_IN_FLIGHT + 1,
             compress_base: true,
@@ -207,7 +211,7 @@ impl OwnerPart {
             Packet::Bytes(bytes) => {
                 let (session, gate, inbox) = (link.session, &base.gate, &mut self.inbox);
                 let Link { stream, acked, standing, .. } = link;
-                let mut answers = Vec::new();
+                let (mut answers, mut durable) = (Vec::new(), Vec::new());
                 let handled = stream.handle_bytes(bytes, |event| {
                     let mut covers = false;
                     match &event {
@@ -218,12 +222,26 @@ impl OwnerPart {
                         }
                         StreamEvent::Accepted(_, told) => *standing = told.clone(),
                         StreamEvent::Wanted(answer) => return answers.push(answer.clone()),
+                        StreamEvent::Durable(epoch) => durable.push(*epoch),
                         _ => {}
                     }
                     inbox.push_back(Told::Stream { session, event, covers });
                 });
-                if let Doing::Copying { copy, .. } = &mut self.doing {
-                    answers.iter().for_each(|answer| copy.answered(answer));
+                if let Doing::Copying { memory, disks, .. } = &mut self.doing {
+                    for answer in &answers {
+                        match (answer.of, &mut *memory, &mut *disks) {
+                            (Comparable::Memory, Some(memory), _) => memory.answered(answer),
+                            (Comparable::Disk(disk), _, Some(disks)) => disks.answered(disk, answer),
+                            _ => {}
+                        }
+                    }
+                }
+                for epoch in durable {
+                    let generation = base.decider.identity().generation;
+                    if self.parts.disks.durable(Point { generation, epoch }) {
+                        let at = env.now + env.disk_delay();
+                        env.at(at, Event::Tidy(base.who, generation, epoch));
+                    }
                 }
                 base.rouse(env);
                 match handled {
@@ -311,6 +329,39 @@ impl OwnerPart {
         env.at(env.now + next, Event::Guest(base.who));
     }
 
+    /// The guest's disk goes on with what it is at, or the guest asks it for something.
+    pub fn guest_disk(&mut self, base: &mut Base, env: &mut Env) {
+        if let Some((request, stamp)) = self.machine.next_request() {
+            match self.machine.announce(request) {
+                Ok(false) => {}
+                Ok(true) => {
+                    env.ghost.disk_tries(base.who, request, stamp);
+                    let well = self.machine.carry_out(request, stamp).is_ok();
+                    if well {
+                        env.ghost.disk_did(base.who, request, stamp);
+                    }
+                    self.machine.complete(request, well);
+                }
+                Err(_) => self.machine.complete(request, false),
+            }
+            base.flush(env);
+            self.heed_bell(base, env);
+        }
+        let at = env.now + env.guest_disk_interval();
+        env.at(at, Event::GuestDisk(base.who));
+    }
+
+    /// The thread that clears bits of the disks' maps works.
+    pub fn tidy(&self, point: Point) {
+        self.parts.disks.tidy(point);
+    }
+
+    /// What is due before the first change of a disk is done before anybody waits for it.
+    pub fn prepare(&self) {
+        // An error shows when the guest changes something.
+        self.parts.disks.first_change().prepare().ok();
+    }
+
     /// The guest ends by itself.
     pub fn guest_ends(&mut self, end: GuestEnd, base: &mut Base, env: &mut Env) {
         if self.machine.is_running() {
@@ -371,7 +422,8 @@ impl OwnerPart {
         let now = base.local(env.now);
         let bell = base.gate.bell();
         pacer.committed(Epoch(bell.last_committed()), now);
-        let look = Look { now, waiting_since: bell.waits_since(), ran: Some(self.machine.ran()), asked: false };
+        let asked = self.parts.disks.wants_checkpoint();
+        let look = Look { now, waiting_since: bell.waits_since(), ran: Some(self.machine.ran()), asked };
         match pacer.look(&look) {
             Next::End => self.end_epoch(Afterwards::RunsOn, base, env),
             Next::Look(at) => {
@@ -385,13 +437,41 @@ impl OwnerPart {
         self.wake_runner(env.now + ROOM_INTERVAL, session, base, env);
     }
 
+    /// The next piece of the base: disks until few blocks are left, memory, and what is left of the disks.
     fn copy_piece(&mut self, base: &mut Base, env: &mut Env) {
-        let Doing::Copying { session, first, copy } = &mut self.doing else { return };
+        let Doing::Copying { session, first, memory, disks, few } = &mut self.doing else { return };
         let (session, first) = (*session, *first);
-        let step = copy.next_step(&mut self.machine).expect("the simulated dirty log can be read");
         let Some(link) = self.link.as_mut().filter(|link| !link.closed && link.session == session) else {
-            return self.fail(base, env);
+            return self.fail("no link", base, env);
         };
+        if let Some(disks) = disks.as_mut().filter(|_| memory.is_none() || *few) {
+            if let Some(failure) = self.parts.disks.take_failure() {
+                return self.fail(&failure.to_string(), base, env);
+            }
+            let Ok(step) = disks.next_step(&*self.parts.disks, *few) else {
+                return self.fail("an image cannot be read", base, env);
+            };
+            let sent = match step {
+                DiskStep::Ask(ask) => link.stream.hashes(&ask),
+                DiskStep::Send(pieces) => pieces.iter().try_for_each(|piece| link.stream.disk_piece(piece)),
+                DiskStep::Await => Ok(()),
+                DiskStep::Few => {
+                    let copy = BaseCopy::begin(&mut self.machine, link.standing.warm_memory);
+                    *memory = Some(copy.expect("the simulated dirty log can be switched on"));
+                    Ok(())
+                }
+                DiskStep::End => {
+                    self.parts.disks.cover(first);
+                    return self.end_base(session, first, base, env);
+                }
+            };
+            return self.sent_piece(sent.is_ok(), base, env);
+        }
+        let Some(copy) = memory else { return };
+        if let Some(disks) = disks {
+            disks.note_changes(&*self.parts.disks);
+        }
+        let step = copy.next_step(&mut self.machine).expect("the simulated dirty log can be read");
         let stage = |pages: &[PageNo]| {
             base.arena.stage_pages(self.machine.ram(), pages.len(), pages.iter().copied()).expect("pages of RAM")
         };
@@ -399,23 +479,35 @@ impl OwnerPart {
             BaseStep::Ask(pages) => link.stream.hashes(&hashes_of(&stage(&pages))),
             BaseStep::Send(pages) => link.stream.pages(&stage(&pages)),
             BaseStep::Await => Ok(()),
-            BaseStep::End => match self.take(first, Afterwards::RunsOn, base, env) {
-                Some(checkpoint) => {
-                    let Some(link) = &mut self.link else { return };
-                    let sent = link.stream.end(checkpoint);
-                    self.running_epoch = first.next();
-                    let pacer = Pacer::new(base.pace, EPOCHS_IN_FLIGHT, first, base.local(env.now));
-                    self.doing = Doing::Epochs { session, pacer };
-                    sent
-                }
-                None => return self.fail(base, env),
-            },
+            BaseStep::End if disks.is_some() => {
+                *few = true;
+                Ok(())
+            }
+            BaseStep::End => return self.end_base(session, first, base, env),
         };
-        if sent.is_err() {
-            return self.fail(base, env);
+        self.sent_piece(sent.is_ok(), base, env);
+    }
+
+    fn sent_piece(&mut self, well: bool, base: &mut Base, env: &mut Env) {
+        if !well {
+            return self.fail("the stream is over", base, env);
         }
         self.transmit(env);
         self.schedule(base, env);
+    }
+
+    /// What is left goes with the checkpoint that ends the base.
+    fn end_base(&mut self, session: Session, first: Epoch, base: &mut Base, env: &mut Env) {
+        let Some(checkpoint) = self.take(first, Afterwards::RunsOn, base, env) else {
+            return self.fail("no checkpoint", base, env);
+        };
+        env.ghost.base_sealed(base.who, first.0);
+        let Some(link) = &mut self.link else { return };
+        let sent = link.stream.end(checkpoint);
+        self.running_epoch = first.next();
+        let pacer = Pacer::new(base.pace, EPOCHS_IN_FLIGHT, first, base.local(env.now));
+        self.doing = Doing::Epochs { session, pacer };
+        self.sent_piece(sent.is_ok(), base, env);
     }
 
     fn schedule(&mut self, base: &Base, env: &mut Env) {
@@ -435,6 +527,10 @@ impl OwnerPart {
 
     /// The real checkpoint, steps 2 to 7.
     fn take(&mut self, epoch: Epoch, afterwards: Afterwards, base: &Base, env: &mut Env) -> Option<StagedCheckpoint> {
+        if let Some(failure) = self.parts.disks.take_failure() {
+            env.note(|| format!("{}: {failure}", base.me));
+            return None;
+        }
         let staged = stage(&mut self.machine, &self.parts, epoch, afterwards).ok()?.0;
         env.ghost.sealed(base.who, epoch.0, &mut self.machine);
         let (bytes, _) = base.gate.held();
@@ -448,7 +544,7 @@ impl OwnerPart {
         let Doing::Epochs { session, .. } = &self.doing else { return };
         let session = *session;
         match self.has_room() {
-            None => return self.fail(base, env),
+            None => return self.fail("no link", base, env),
             Some(false) if afterwards == Afterwards::RunsOn => {
                 env.ghost.broken("G7", "the pacer ends an epoch without room for its checkpoint".into());
                 return self.wait_for_room(session, base, env);
@@ -464,10 +560,12 @@ impl OwnerPart {
         let epoch = self.last.next();
         self.last = epoch;
         self.running_epoch = epoch.next();
-        let Some(checkpoint) = self.take(epoch, afterwards, base, env) else { return self.fail(base, env) };
+        let Some(checkpoint) = self.take(epoch, afterwards, base, env) else {
+            return self.fail("no checkpoint", base, env);
+        };
         let sent = self.link.as_mut().map(|link| link.stream.checkpoint(checkpoint));
         if !matches!(sent, Some(Ok(()))) {
-            return self.fail(base, env);
+            return self.fail("the stream is over", base, env);
         }
         self.transmit(env);
         if afterwards == Afterwards::StaysStopped {
@@ -484,14 +582,20 @@ impl OwnerPart {
     }
 
     /// Protection cannot go on.
-    fn fail(&mut self, base: &mut Base, env: &mut Env) {
+    fn fail(&mut self, why: &str, base: &mut Base, env: &mut Env) {
+        env.note(|| format!("{} cannot protect: {why}", base.me));
         self.doing = Doing::Nothing;
+        self.parts.disks.end_log();
         self.close_link(LinkLoss::Local, base, env);
         self.inbox.push_back(Told::ProtectionFailed);
         base.rouse(env);
     }
 
     fn run(&mut self) {
+        if matches!(self.doing, Doing::Stopped | Doing::HandedOver) {
+            // The runner's thread is through with its link.
+            self.parts.disks.end_log();
+        }
         if self.permit.is_some() && self.machine.run().is_ok() {
             self.stopped = false;
         }
@@ -531,13 +635,24 @@ impl OwnerPart {
                 assert!(first > self.last, "epoch {first} begins a base after {}", self.last);
                 self.last = first;
                 let Some(link) = self.link.as_mut().filter(|l| l.session == session && !l.closed) else { return };
+                let mut disks = None;
+                if base.disks.is_some() {
+                    if !self.parts.disks.still_ours().unwrap_or(false) {
+                        return self.fail("a map is not ours", base, env);
+                    }
+                    self.parts.disks.begin_log(first);
+                    let blocks = blocks_to_look_at(&self.parts.disks, &link.standing);
+                    disks = Some(DiskCopy::begin(&*self.parts.disks, &blocks));
+                }
                 let begun = link.stream.begin_base(first);
                 link.first = Some(first);
-                let copy = BaseCopy::begin(&mut self.machine, link.standing.warm_memory)
-                    .expect("the simulated dirty log can be switched on");
-                self.doing = Doing::Copying { session, first, copy };
+                let memory = disks.is_none().then(|| {
+                    BaseCopy::begin(&mut self.machine, link.standing.warm_memory)
+                        .expect("the simulated dirty log can be switched on")
+                });
+                self.doing = Doing::Copying { session, first, memory, disks, few: false };
                 if begun.is_err() {
-                    return self.fail(base, env);
+                    return self.fail("the stream is over", base, env);
                 }
                 self.schedule(base, env);
             }
@@ -550,6 +665,7 @@ impl OwnerPart {
                     link.beat.close(env);
                     self.check_dirty(&link, base, env);
                     self.doing = Doing::Nothing;
+                    self.parts.disks.end_log();
                     self.course.epoch_used(self.last);
                 }
             }

@@ -27,6 +27,7 @@ use super::env::{Env, Event};
 use super::guest::{SimMachine, Utterance};
 use super::net::{ConnId, End, Packet};
 use super::owner::OwnerPart;
+use super::storage::OpenDisks;
 use super::waiter::WaiterPart;
 use super::{Nanos, Who};
 
@@ -61,6 +62,8 @@ pub struct Base {
     pub skew: u64,
     /// How long the event loop may take to notice something.
     pub jitter: Nanos,
+    /// The guest's disk, if it has one.
+    pub disks: Option<OpenDisks>,
     spoken: Arc<Mutex<Vec<u64>>>,
     left: Arc<Mutex<Vec<Bytes>>>,
     clock: Arc<AtomicU64>,
@@ -114,7 +117,7 @@ pub struct Settings {
 
 impl Base {
     /// A process that was just started.
-    pub fn new(who: Who, settings: Settings, board: &StatusBoard, now: Nanos) -> Self {
+    pub fn new(who: Who, settings: Settings, board: &StatusBoard, now: Nanos, disks: Option<OpenDisks>) -> Self {
         let Settings { core, pace, heartbeat, skew, jitter } = settings;
         let nanos = Arc::new(AtomicU64::new(0));
         let clock = Clock::simulated(Arc::clone(&nanos));
@@ -137,6 +140,7 @@ impl Base {
             heartbeat,
             skew,
             jitter,
+            disks,
             spoken: Arc::default(),
             left,
             clock: nanos,
@@ -148,7 +152,12 @@ impl Base {
     /// A machine of this process that never ran.
     pub fn build_machine(&self) -> SimMachine {
         let mouth = Mouth { gate: Arc::clone(&self.gate), spoken: Arc::clone(&self.spoken) };
-        SimMachine::build(Arc::new(mouth), self.skew)
+        SimMachine::build(Arc::new(mouth), self.skew, self.disks.as_ref().map(OpenDisks::for_machine))
+    }
+
+    /// Bytes of each disk.
+    pub fn disk_sizes(&self) -> Vec<u64> {
+        self.disks.as_ref().map_or_else(Vec::new, |disks| disks.owner.sizes())
     }
 
     /// Time since the process started.
@@ -405,6 +414,7 @@ impl Process {
                         machine.boot(env.next_boot());
                         let before = env.replaced(permit.generation());
                         env.ghost.boots(base.who, permit.generation().0, &machine, before.as_ref());
+                        env.boots_from_disk(base.who);
                         let rest = actions.collect();
                         let mut owner = OwnerPart::new(base, machine, Epoch(0));
                         let ending = owner.begin(permit, rest, base, env);

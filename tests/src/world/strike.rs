@@ -69,6 +69,17 @@ impl World {
             Fault::DiskFull(node, full) => self.env.conditions.disk_full[node] = full,
             Fault::Storm(on) => self.env.conditions.storm = on,
             Fault::SlowApplier(on) => self.env.conditions.slow_applier = on,
+            Fault::CutWithin(node, changes) => {
+                if let Some(hosts) = &self.env.hosts {
+                    hosts[node].supply.cut_within(changes);
+                }
+            }
+            Fault::Storage(node, trouble) => {
+                if let Some(hosts) = &self.env.hosts {
+                    hosts[node].supply.set_trouble(trouble);
+                }
+            }
+            Fault::SlowDisk(on) => self.env.conditions.slow_disk = on,
             Fault::Skew(node, skew) => {
                 if self.nodes[node].skew != skew {
                     self.nodes[node].skew = skew;
@@ -97,7 +108,8 @@ impl World {
         }
     }
 
-    fn power_off(&mut self, node: usize) {
+    pub(super) fn power_off(&mut self, node: usize) {
+        self.env.files_lose(node);
         self.env.conditions.host_up[node] = false;
         self.nodes[node].paused = false;
         self.nodes[node].deferred.clear();

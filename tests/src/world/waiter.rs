@@ -17,12 +17,15 @@ use primary::host::Flow;
 use primary::setup::{facts, ram_layout};
 use replication_proto::mutant::{self, Mutant};
 use replication_proto::{
-    Channel, Epoch, Greeting, Incarnation, PieceHashes, PiecesWanted, ReceiverConfig, ReceiverLimits, Standing,
+    Channel, Comparable, Epoch, Greeting, Incarnation, PieceHashes, PiecesWanted, ReceiverConfig, ReceiverLimits,
+    Standing,
 };
 use vmm::Machine;
 
+use super::Nanos;
 use super::env::{Env, Event};
 use super::guest::SimMachine;
+use super::keeper::{Keeper, News};
 use super::net::{ConnId, End, Packet};
 use super::owner::OwnerPart;
 use super::process::{Base, Beat, Ending, Part};
@@ -47,6 +50,9 @@ pub struct WaiterPart {
     course: Course,
     intake: Intake,
     machine: SimMachine,
+    keeper: Option<Keeper>,
+    /// When the disks' thread wakes.
+    disk_at: Option<Nanos>,
     memory: StandbyMemory,
     jobs: VecDeque<Job>,
     /// The applier's thread sleeps until an event wakes it.
@@ -62,13 +68,16 @@ pub struct WaiterPart {
 
 impl WaiterPart {
     /// A side that listens and holds nothing.
-    pub fn new(base: &Base) -> Self {
+    pub fn new(base: &mut Base) -> Self {
         let machine = base.build_machine();
+        let waiting = base.disks.as_mut().and_then(|disks| disks.waiting.take().map(|w| (w, disks.journal_bytes)));
+        let keeper = waiting.map(|((disks, journal), limit)| Keeper::new(disks, journal, limit));
+        let standing = keeper.as_ref().map_or_else(Vec::new, Keeper::standing);
         let config = ReceiverConfig {
             identity: base.decider.identity(),
             ram: ram_layout(&machine),
-            disks: Vec::new(),
-            standing: Standing::default(),
+            disks: base.disk_sizes(),
+            standing: Standing { disks: standing, ..Standing::default() },
             facts: facts(&machine),
             limits: ReceiverLimits {
                 max_epoch_pages: 1_024,
@@ -80,6 +89,8 @@ impl WaiterPart {
             course: Course::default(),
             intake: Intake::new(config, Inbox::new(INBOX_BYTES), Commits::new(BACKLOG_BYTES)),
             machine,
+            keeper,
+            disk_at: None,
             memory: StandbyMemory::default(),
             jobs: VecDeque::new(),
             applier_waits: false,
@@ -151,6 +162,21 @@ impl WaiterPart {
         let Part::Waiting(mut waiter) = std::mem::replace(part, Part::Nothing) else { return None };
         waiter.apply_all();
         let holding = waiter.intake.holding();
+        let disk_point = match waiter.keeper.take().map(|keeper| keeper.finish(base.local(env.now))) {
+            None => None,
+            Some(Ok(retire)) => {
+                let point = retire.point();
+                let disks = base.disks.as_ref().expect("disks that were kept");
+                disks.before_first_change(move || retire.run());
+                Some(point.epoch)
+            }
+            Some(Err(error)) => {
+                // Its permit is spent: the guest of this side is lost.
+                env.note(|| format!("{} cannot be activated: {error}", base.me));
+                waiter.leave(env);
+                return Some(ExitCode::Failure);
+            }
+        };
         let memory = std::mem::take(&mut waiter.memory);
         if mutant::is(Mutant::AckAfterPromotion) {
             // What still arrives is committed and acknowledged, and never applied.
@@ -168,9 +194,17 @@ impl WaiterPart {
             env.ghost.broken("G3", format!("{} holds {holding:?}, its memory is that of {epoch}", base.me));
             return Some(ExitCode::Failure);
         }
+        if disk_point.is_some_and(|point| point != epoch) {
+            env.ghost.broken("image", format!("{} holds disks of {disk_point:?}, memory of {epoch}", base.me));
+        }
         let held = restore(&mut machine, holding, applied).expect("a state of this machine");
         let before = env.replaced(permit.generation());
         env.ghost.takes_over(base.who, permit.generation().0, epoch.0, &machine, before.as_ref());
+        if let Some(image) = env.image(base.who.node) {
+            env.ghost.disk_goes_on(base.who, &image);
+            let soon = env.now + env.disk_delay();
+            env.at(soon, Event::Prepare(base.who));
+        }
         env.ghost.inspected(&machine);
         base.gate.hold();
         base.gate.adopt_speakers(held.speakers.clone());
@@ -187,10 +221,22 @@ impl WaiterPart {
     fn boot(base: &mut Base, part: &mut Part, permit: RunPermit, rest: Vec<Action>, env: &mut Env) -> Ending {
         let Part::Waiting(mut waiter) = std::mem::replace(part, Part::Nothing) else { return None };
         waiter.leave(env);
+        match waiter.keeper.take().map(|keeper| keeper.finish_for_boot(base.local(env.now))).transpose() {
+            Ok(retire) => {
+                if let (Some(disks), Some(retire)) = (&base.disks, retire.flatten()) {
+                    disks.before_first_change(move || retire.run());
+                }
+            }
+            Err(error) => {
+                env.note(|| format!("{} cannot boot: {error}", base.me));
+                return Some(ExitCode::Failure);
+            }
+        }
         let mut machine = waiter.machine;
         machine.boot(env.next_boot());
         let before = env.replaced(permit.generation());
         env.ghost.boots(base.who, permit.generation().0, &machine, before.as_ref());
+        env.boots_from_disk(base.who);
         let mut owner = OwnerPart::new(base, machine, Epoch(0));
         let ending = owner.begin(permit, rest, base, env);
         *part = Part::Owner(owner);
@@ -329,6 +375,9 @@ impl WaiterPart {
         env.ghost.seen.refusals += u64::from(!matches!(end, LinkEnd::EndOfFile | LinkEnd::Io(_) | LinkEnd::Displaced));
         if self.intake.is_connected() {
             self.intake.end(end);
+            if let Some(keeper) = &self.keeper {
+                self.intake.set_standing(keeper.standing());
+            }
             self.transmit(env);
         }
         if let Some(data) = self.data.take() {
@@ -347,13 +396,29 @@ impl WaiterPart {
         while let Some(event) = self.intake.poll_event() {
             match event {
                 IntakeEvent::ApplyHollow(pages) => self.jobs.push_back(Job::Hollow(pages)),
-                IntakeEvent::Apply(committed, _) => self.jobs.push_back(Job::Checkpoint(committed)),
-                IntakeEvent::Compare(question, ask) => self.jobs.push_back(Job::Compare(question, ask)),
-                IntakeEvent::ApplyHollowDisk(_) => unreachable!("a machine without disks"),
+                IntakeEvent::Apply(mut committed, point) => {
+                    let changes = std::mem::take(&mut committed.disk);
+                    if let Some(keeper) = &mut self.keeper {
+                        keeper.apply(point, committed.kind, changes);
+                    }
+                    self.jobs.push_back(Job::Checkpoint(committed));
+                }
+                IntakeEvent::Compare(question, ask) => match (&mut self.keeper, ask.of) {
+                    (Some(keeper), Comparable::Disk(_)) => keeper.compare(question, ask),
+                    _ => self.jobs.push_back(Job::Compare(question, ask)),
+                },
+                IntakeEvent::ApplyHollowDisk(change) => {
+                    if let Some(keeper) = &mut self.keeper {
+                        keeper.apply_hollow(change);
+                    }
+                }
                 told => {
                     match &told {
                         IntakeEvent::BaseBegun(peer) => {
                             self.owner = Some(peer.incarnation);
+                            if let Some(keeper) = &mut self.keeper {
+                                keeper.begin_base();
+                            }
                             env.ghost.hollow(base.who);
                         }
                         IntakeEvent::BaseCommitted(_, epoch) => self.note_commit(*epoch, true, base, env),
@@ -367,6 +432,7 @@ impl WaiterPart {
         if !self.inbox.is_empty() {
             base.rouse(env);
         }
+        self.rouse_disk(base, env);
         if !self.jobs.is_empty() && !self.applier_waits {
             self.applier_waits = true;
             let delay = env.applier_delay();
@@ -389,6 +455,59 @@ impl WaiterPart {
         let mut served = self.intake.applied(bytes);
         for (question, answer) in answers {
             served = served.and_then(|()| self.intake.compared(question, answer));
+        }
+        self.settle(served, base, env);
+    }
+
+    /// The disks' thread wakes when it has something to do.
+    fn rouse_disk(&mut self, base: &Base, env: &mut Env) {
+        let now = base.local(env.now);
+        let Some(patience) = self.keeper.as_ref().and_then(|keeper| keeper.patience(now)) else { return };
+        let at = base.world_time(now + patience) + env.disk_delay();
+        if self.disk_at.is_none_or(|planned| planned > at) {
+            self.disk_at = Some(at);
+            env.at(at, Event::Disk(base.who));
+        }
+    }
+
+    /// The disks' thread works.
+    pub fn disk(&mut self, base: &mut Base, env: &mut Env) {
+        // After a pause of the process it is later than was planned.
+        if self.disk_at.is_none_or(|at| at > env.now) {
+            return;
+        }
+        self.disk_at = None;
+        let Some(keeper) = &mut self.keeper else { return };
+        let mut news = Vec::new();
+        for _ in 0..4 {
+            keeper.turn(base.local(env.now), &mut news);
+            if news.iter().any(|news| matches!(news, News::Based(_))) {
+                // The image is compared as it is now.
+                break;
+            }
+        }
+        let mut served = Ok(());
+        for news in news {
+            if served.is_err() {
+                // The thread of the link looks again after it has ended the connection.
+                self.settle(std::mem::replace(&mut served, Ok(())), base, env);
+            }
+            served = match news {
+                News::Applied(bytes) => self.intake.applied(bytes),
+                News::Compared(question, answer) => self.intake.compared(question, answer),
+                News::Stable(ackable, durable) => self.intake.stable(ackable, durable),
+                News::Failed(why, lost) => {
+                    env.note(|| format!("{}: {why}; something is lost: {lost}", base.me));
+                    self.intake.disk_failed(why, lost)
+                }
+                News::Based(point) => {
+                    let owner = self.owner.and_then(|incarnation| env.life_of(incarnation));
+                    if let (Some(owner), Some(image)) = (owner, env.image(base.who.node)) {
+                        env.ghost.disk_based(base.who, owner, point.epoch.0, &image);
+                    }
+                    Ok(())
+                }
+            };
         }
         self.settle(served, base, env);
     }
