@@ -651,6 +651,8 @@ impl OwnerPart {
                         .expect("the simulated dirty log can be switched on")
                 });
                 self.doing = Doing::Copying { session, first, memory, disks, few: false };
+                // What was planned for another session wakes nobody in this one.
+                self.runner_at = None;
                 if begun.is_err() {
                     return self.fail("the stream is over", base, env);
                 }
