@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use replication_proto::mutant::Mutant;
 
-use super::world::{Op, Step, Violation, World, following};
+use super::world::{Choice, Op, Step, Violation, World, following};
 use super::{Bounds, HUNTED};
 use crate::explore::mutants::activate;
 
@@ -133,7 +133,7 @@ impl Search {
     }
 
     /// One step from a state. Hands back what a power cut chose, and how many changes of files there were on each host; `None`: something is wrong.
-    fn take(&mut self, at: u32, path: &[Step], step: Step) -> Option<(Vec<(u8, u8)>, [u64; 2])> {
+    fn take(&mut self, at: u32, path: &[Step], step: Step) -> Option<(Vec<Choice>, [u64; 2])> {
         let mut world = self.lived(path);
         let before = world.spent();
         let done = catch_unwind(AssertUnwindSafe(|| world.perform(&step)));

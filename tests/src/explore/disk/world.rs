@@ -149,12 +149,15 @@ pub struct World {
     used: Used,
     ghost: Ghost,
     /// What the last power cut chose, and out of how many.
-    pub chosen: Vec<(u8, u8)>,
+    pub chosen: Vec<Choice>,
     /// How often files were looked at as a power cut left them.
     pub looked: u64,
 }
 
-fn counted(kept: &[u8], chosen: &mut Vec<(u8, u8)>, count: usize) -> usize {
+/// What was chosen, and out of how many.
+pub type Choice = (u8, u8);
+
+fn counted(kept: &[u8], chosen: &mut Vec<Choice>, count: usize) -> usize {
     let of = u8::try_from(count).expect("few contents");
     let choice = kept.get(chosen.len()).copied().unwrap_or(0);
     chosen.push((choice, of));
@@ -162,7 +165,7 @@ fn counted(kept: &[u8], chosen: &mut Vec<(u8, u8)>, count: usize) -> usize {
 }
 
 /// The power is gone: the files keep what is said in `kept`, and the first of what is not. Hands back all choices, and out of how many.
-fn lose(files: &HostFiles, kept: &[u8]) -> Vec<(u8, u8)> {
+fn lose(files: &HostFiles, kept: &[u8]) -> Vec<Choice> {
     // The journal and the image lose whole pieces; sectors of the map are looked at one by one.
     let (mut groups, mut chosen) = (BTreeMap::new(), Vec::new());
     files.lose_as(&mut |file, sector, count, alike| {
@@ -176,7 +179,7 @@ fn lose(files: &HostFiles, kept: &[u8]) -> Vec<(u8, u8)> {
 }
 
 /// The choices that follow, counted up like the digits of a number.
-pub fn following(chosen: &[(u8, u8)]) -> Option<Vec<u8>> {
+pub fn following(chosen: &[Choice]) -> Option<Vec<u8>> {
     let last = chosen.iter().rposition(|(choice, of)| choice + 1 < *of)?;
     let mut kept: Vec<u8> = chosen[..=last].iter().map(|(choice, _)| *choice).collect();
     kept[last] += 1;
