@@ -243,13 +243,18 @@ impl Disks {
         }
     }
 
-    /// The reply to what a client asked for, when it is done, and the client's session.
-    pub(crate) fn answer(&mut self, now: u64) -> Option<(u64, Vec<u8>)> {
-        let done = match &self.work {
+    /// Whether what a client asked for is done and not answered yet.
+    pub(crate) fn has_answer(&self, now: u64) -> bool {
+        match &self.work {
             Some((_, Work::Load(running))) => running.load.is_done(now),
             Some((_, Work::Sum(sum))) => !sum.reading && sum.disk >= self.disks.len(),
             None => false,
-        };
+        }
+    }
+
+    /// The reply to what a client asked for, when it is done, and the client's session.
+    pub(crate) fn answer(&mut self, now: u64) -> Option<(u64, Vec<u8>)> {
+        let done = self.has_answer(now);
         let (session, work) = self.work.take_if(|_| done)?;
         let mut out = Out::new();
         match work {

@@ -284,6 +284,8 @@ impl Loop {
         busy |= self.server.database.work();
         let guest = &mut self.server.machine;
         guest.disks.submit(&mut self.server.database, &guest.clock);
+        // A load whose time ran out since this round began has submitted nothing: no interrupt would come, and its answer is due.
+        busy |= guest.disks.has_answer(guest.clock.now_ns());
         while self.interface.poll_egress(instant, &mut self.net, &mut self.sockets) != PollResult::None {}
         self.net.flush();
         let guest = &mut self.server.machine;

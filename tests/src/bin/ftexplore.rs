@@ -105,10 +105,11 @@ fn disks(names: &[String], states: usize, (writes, epochs): (Option<u8>, Option<
         println!("{bounds:?}");
         let outcome = disk::search::search(bounds, states, true);
         println!(
-            "{}: {} states, {} steps, depth {}, {:.1} s, {}",
+            "{}: {} states, {} steps, {} power cuts looked at, depth {}, {:.1} s, {}",
             bounds.name,
             outcome.states,
             outcome.transitions,
+            outcome.looked,
             outcome.depth,
             outcome.took.as_secs_f64(),
             if outcome.complete { "complete, 0 violations" } else { "NOT complete" }

@@ -162,9 +162,9 @@ fn live(args: &Args, number: u64) -> Outcome {
 }
 
 /// The rules that live where the explorer does not look, in the stream and around memory, and a few that both catch; each with a seed that noticed it
-/// once and is tried first, and whether its guests have a disk.
+/// once and is tried first, and whether its guests have a disk. (`IsolatedRejoins` is the explorer's: 3,000 worlds did not notice it.)
 #[cfg(feature = "mutants")]
-const BROKEN: [(replication_proto::mutant::Mutant, u64, bool); 17] = {
+const BROKEN: [(replication_proto::mutant::Mutant, u64, bool); 16] = {
     use replication_proto::mutant::Mutant;
     [
         (Mutant::RetireOnSend, 1, false),
@@ -172,13 +172,12 @@ const BROKEN: [(replication_proto::mutant::Mutant, u64, bool); 17] = {
         (Mutant::AckGenerationUnchecked, 111, false),
         (Mutant::AckOfAnyIncarnation, 14, false),
         (Mutant::DirtyClearedAfterCopy, 4, false),
-        (Mutant::DeltaIntoStandby, 0, true),
+        (Mutant::DeltaIntoStandby, 904, true),
         (Mutant::AckAfterPromotion, 57, false),
         (Mutant::SoloWithoutCas, 0, false),
         (Mutant::TakeoverWithoutCas, 0, false),
         (Mutant::InSyncBeforeHolding, 0, false),
         (Mutant::UncertainSyncIsFailure, 11, false),
-        (Mutant::IsolatedRejoins, 0, true),
         (Mutant::PauseForEver, 0, false),
         (Mutant::AckBeforeStable, 0, true),
         (Mutant::BitAfterWrite, 16, true),

@@ -6,6 +6,7 @@ use super::env::Event;
 use super::faults::Fault;
 use super::net::{ConnId, End};
 use super::process::Part;
+use super::storage::Supply;
 use super::{MS, Program, World, node_name};
 
 impl World {
@@ -43,13 +44,7 @@ impl World {
             }
             Fault::Arbiter(node, way) => self.env.conditions.way[node] = way,
             Fault::ArbiterSlow(extra) => self.env.conditions.arbiter_slow = extra,
-            Fault::RollBack(steps) => {
-                if self.env.register.roll_back(steps) {
-                    // Within one generation nobody can tell an old record from a new one: what was written since is lost, and with it what
-                    // was promised. Generations must hold all the same.
-                    self.env.ghost.operator_forced();
-                }
-            }
+            Fault::RollBack(steps) => self.roll_back(steps),
             Fault::Command(node, command) => {
                 let ticket = self.ticket();
                 if let Some(process) = &mut self.nodes[node].process {
@@ -69,16 +64,8 @@ impl World {
             Fault::DiskFull(node, full) => self.env.conditions.disk_full[node] = full,
             Fault::Storm(on) => self.env.conditions.storm = on,
             Fault::SlowApplier(on) => self.env.conditions.slow_applier = on,
-            Fault::CutWithin(node, changes) => {
-                if let Some(hosts) = &self.env.hosts {
-                    hosts[node].supply.cut_within(changes);
-                }
-            }
-            Fault::Storage(node, trouble) => {
-                if let Some(hosts) = &self.env.hosts {
-                    hosts[node].supply.set_trouble(trouble);
-                }
-            }
+            Fault::CutWithin(node, changes) => self.with_supply(node, |supply| supply.cut_within(changes)),
+            Fault::Storage(node, trouble) => self.with_supply(node, |supply| supply.set_trouble(trouble)),
             Fault::SlowDisk(on) => self.env.conditions.slow_disk = on,
             Fault::Skew(node, skew) => {
                 if self.nodes[node].skew != skew {
@@ -86,6 +73,20 @@ impl World {
                     self.kill(node);
                 }
             }
+        }
+    }
+
+    fn roll_back(&mut self, steps: usize) {
+        if self.env.register.roll_back(steps) {
+            // Within one generation nobody can tell an old record from a new one: what was written since is lost, and with it what was promised. Generations
+            // must hold all the same.
+            self.env.ghost.operator_forced();
+        }
+    }
+
+    fn with_supply(&self, node: usize, change: impl FnOnce(&Supply)) {
+        if let Some(hosts) = &self.env.hosts {
+            change(&hosts[node].supply);
         }
     }
 

@@ -52,7 +52,7 @@ impl Bounds {
         let flush = Self {
             name: "flush",
             about: "a change, a flush, an epoch, a takeover, until the power fails on either host",
-            daily: true,
+            daily: false,
             writes: 1,
             flushes: 1,
             epochs: 1,
@@ -71,6 +71,7 @@ impl Bounds {
             bases: 2,
             cuts: 0,
             ends_with_cuts: false,
+            daily: true,
             ..flush
         };
         let outage = Self {
@@ -83,6 +84,7 @@ impl Bounds {
         let dark = Self {
             name: "dark",
             about: "a change, a flush, a base, a takeover, until the power fails for the second time",
+            daily: true,
             epochs: 0,
             cuts: 2,
             ..flush

@@ -135,16 +135,6 @@ impl Node {
         self.life += 1;
         self.files.open(Incarnation(u128::from(self.life)))
     }
-
-    /// What a process that opens these files now would find in the image.
-    ///
-    /// # Errors
-    /// They are refused.
-    pub fn recovered(&self) -> Result<Vec<u8>, String> {
-        let copy = self.files.copy();
-        copy.open(Incarnation(99))?;
-        Ok(copy.image())
-    }
 }
 
 impl Owner {

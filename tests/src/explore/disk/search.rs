@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use replication_proto::mutant::Mutant;
 
-use super::world::{Op, Step, Violation, World};
+use super::world::{Choice, Op, Step, Violation, World, following};
 use super::{Bounds, HUNTED};
 use crate::explore::mutants::activate;
 
@@ -19,6 +19,8 @@ pub struct Outcome {
     pub states: usize,
     /// Steps, those to states that were known included.
     pub transitions: usize,
+    /// Files that were looked at as a power cut left them.
+    pub looked: u64,
     /// Steps to the last state.
     pub depth: usize,
     /// States that show something.
@@ -47,6 +49,7 @@ pub fn search(bounds: Bounds, states: usize, progress: bool) -> Outcome {
         complete: false,
         states: 1,
         transitions: 0,
+        looked: 0,
         depth: 0,
         seen: BTreeMap::new(),
         found: None,
@@ -124,19 +127,19 @@ impl Search {
     fn all_outcomes(&mut self, at: u32, path: &[Step], mut step: Step) {
         loop {
             let Some((chosen, _)) = self.take(at, path, step.clone()) else { return };
-            let Some(last) = chosen.iter().rposition(|(choice, of)| choice + 1 < *of) else { return };
-            step.kept = chosen[..=last].iter().map(|(choice, _)| *choice).collect();
-            step.kept[last] += 1;
+            let Some(kept) = following(&chosen) else { return };
+            step.kept = kept;
         }
     }
 
     /// One step from a state. Hands back what a power cut chose, and how many changes of files there were on each host; `None`: something is wrong.
-    fn take(&mut self, at: u32, path: &[Step], step: Step) -> Option<(Vec<(u8, u8)>, [u64; 2])> {
+    fn take(&mut self, at: u32, path: &[Step], step: Step) -> Option<(Vec<Choice>, [u64; 2])> {
         let mut world = self.lived(path);
         let before = world.spent();
         let done = catch_unwind(AssertUnwindSafe(|| world.perform(&step)));
         let done = done.unwrap_or_else(|cause| Err(format!("an assert of the pair: {}", told(&*cause))));
         self.outcome.transitions += 1;
+        self.outcome.looked += world.looked;
         if let Err(violation) = done {
             let trace = path.iter().cloned().chain([step]).collect();
             self.outcome.found = Some((trace, violation));

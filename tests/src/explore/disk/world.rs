@@ -8,7 +8,7 @@ use backup::disk::Retire;
 use primary::bulk::blocks_to_look_at;
 use primary::disk::copy::{DiskCopy, DiskStep};
 use primary::disk::{DiskChanges, Epoch, Generation, Point};
-use replication_proto::{CheckpointKind, Comparable, Standing};
+use replication_proto::{CheckpointKind, Comparable, Incarnation, Standing};
 use vmm::disk::ByteRange;
 
 use super::Bounds;
@@ -16,6 +16,7 @@ use super::ghost::Ghost;
 use super::node::{Node, Owner, PIECES, Process, Session, Waiter};
 use crate::explore::world::print_of;
 use crate::world::keeper::News;
+use crate::world::storage::HostFiles;
 
 /// Why a state is wrong.
 pub type Violation = String;
@@ -148,14 +149,41 @@ pub struct World {
     used: Used,
     ghost: Ghost,
     /// What the last power cut chose, and out of how many.
-    pub chosen: Vec<(u8, u8)>,
+    pub chosen: Vec<Choice>,
+    /// How often files were looked at as a power cut left them.
+    pub looked: u64,
 }
 
-fn counted(kept: &[u8], chosen: &mut Vec<(u8, u8)>, count: usize) -> usize {
+/// What was chosen, and out of how many.
+pub type Choice = (u8, u8);
+
+fn counted(kept: &[u8], chosen: &mut Vec<Choice>, count: usize) -> usize {
     let of = u8::try_from(count).expect("few contents");
     let choice = kept.get(chosen.len()).copied().unwrap_or(0);
     chosen.push((choice, of));
     usize::from(choice)
+}
+
+/// The power is gone: the files keep what is said in `kept`, and the first of what is not. Hands back all choices, and out of how many.
+fn lose(files: &HostFiles, kept: &[u8]) -> Vec<Choice> {
+    // The journal and the image lose whole pieces; sectors of the map are looked at one by one.
+    let (mut groups, mut chosen) = (BTreeMap::new(), Vec::new());
+    files.lose_as(&mut |file, sector, count, alike| {
+        if count < 2 || alike {
+            return 0;
+        }
+        let group = sector.map(|number| if file == "map" { number } else { number / 8 });
+        *groups.entry((file, group, count)).or_insert_with(|| counted(kept, &mut chosen, count))
+    });
+    chosen
+}
+
+/// The choices that follow, counted up like the digits of a number.
+pub fn following(chosen: &[Choice]) -> Option<Vec<u8>> {
+    let last = chosen.iter().rposition(|(choice, of)| choice + 1 < *of)?;
+    let mut kept: Vec<u8> = chosen[..=last].iter().map(|(choice, _)| *choice).collect();
+    kept[last] += 1;
+    Some(kept)
 }
 
 impl World {
@@ -169,6 +197,7 @@ impl World {
             used: Used::default(),
             ghost: Ghost::default(),
             chosen: Vec::new(),
+            looked: 0,
         }
     }
 
@@ -303,6 +332,7 @@ impl World {
     /// Something that must never be.
     pub fn perform(&mut self, step: &Step) -> Result<(), Violation> {
         self.chosen.clear();
+        self.looked = 0;
         if let Some((node, change)) = step.cut {
             self.nodes[node].files.supply.cut_within(change);
         }
@@ -402,26 +432,33 @@ impl World {
     fn power_off(&mut self, node: usize, kept: &[u8]) -> Result<(), Violation> {
         self.used.cuts += 1;
         let life = self.nodes[node].life;
-        // The journal and the image lose whole pieces; sectors of the map are looked at one by one.
-        let (mut groups, chosen) = (BTreeMap::new(), &mut self.chosen);
-        let mut choose = |file: &'static str, sector: Option<usize>, count: usize, alike: bool| {
-            if count < 2 || alike {
-                return 0;
-            }
-            let group = sector.map(|number| if file == "map" { number } else { number / 8 });
-            *groups.entry((file, group, count)).or_insert_with(|| counted(kept, chosen, count))
-        };
-        self.nodes[node].files.lose_as(&mut choose);
-        self.off(node);
         let could_run = self.record.is_some_and(|r| r.owner == node || r.in_sync == Some(life));
+        if self.bounds.ends_with_cuts && !self.may_cut() {
+            // Nothing follows: all that may be left is looked at here and now.
+            let mut next = could_run.then(Vec::new);
+            while let Some(kept) = next {
+                let copy = self.nodes[node].files.copy();
+                next = following(&lose(&copy, &kept));
+                self.look(&copy).map_err(|why| format!("{why}; kept {kept:?}"))?;
+            }
+            self.off(node);
+            return Ok(());
+        }
+        self.chosen = lose(&self.nodes[node].files, kept);
+        self.off(node);
         if !could_run {
             return Ok(());
         }
-        let image = self.nodes[node].recovered()?;
-        self.ghost
-            .check_promise(&image)
-            .map(|_| ())
-            .map_err(|why| format!("no released flush is lost: after the power failed: {why}"))
+        let copy = self.nodes[node].files.copy();
+        self.look(&copy)
+    }
+
+    /// What a process that opens these files finds keeps every promise.
+    fn look(&mut self, files: &HostFiles) -> Result<(), Violation> {
+        self.looked += 1;
+        files.open(Incarnation(99))?;
+        let kept = self.ghost.check_promise(&files.image());
+        kept.map(|_| ()).map_err(|why| format!("no released flush is lost: after the power failed: {why}"))
     }
 
     fn start(&mut self, node: usize) -> Result<(), Violation> {
