@@ -12,6 +12,7 @@ use failover::decide::{ColdStart, CoreConfig, CoreTimers, Input, OnBackupLoss, R
 use failover::status::{Labels, NodeRole, StatusBoard};
 use replication_proto::{Incarnation, NodeName, Point, VmId};
 
+mod clients;
 pub mod env;
 pub mod faults;
 pub mod guest;
@@ -25,9 +26,10 @@ mod strike;
 pub mod twice;
 pub mod waiter;
 
+use clients::Client;
 use env::{Env, Event};
 use faults::{Fault, Kind};
-use guest::{CLIENTS, Utterance, request};
+use guest::CLIENTS;
 use net::Delivery;
 use process::{Base, Part, Process, Settings};
 use storage::{HostFiles, OpenDisks};
@@ -47,8 +49,6 @@ const UNACKNOWLEDGED: Nanos = 5 * SECOND;
 const RECOVERY: Nanos = 120 * SECOND;
 /// After so long, a person starts those processes again whose files failed.
 const OPERATOR_PATIENCE: Nanos = 15 * SECOND;
-/// A client that got no answer asks again.
-const CLIENT_PATIENCE: Nanos = 200 * MS;
 
 /// One life of one node's process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -196,13 +196,6 @@ pub struct Outcome {
     pub lasted: Duration,
 }
 
-#[derive(Clone, Copy, Debug, Default)]
-struct Client {
-    asked: u64,
-    boot: u64,
-    next_at: Nanos,
-}
-
 /// A simulated world.
 pub struct World {
     env: Env,
@@ -253,15 +246,8 @@ impl World {
             program,
         };
         let nodes = [node(0, Program::Primary), node(1, Program::Backup { may_boot: false })];
-        let mut world = Self {
-            env,
-            nodes,
-            plan,
-            clients: [Client { asked: 1, ..Client::default() }; CLIENTS],
-            lives: 0,
-            tickets: 0,
-            failing: true,
-        };
+        let mut world =
+            Self { env, nodes, plan, clients: [Client::new(); CLIENTS], lives: 0, tickets: 0, failing: true };
         world.env.at(0, Event::Start(0));
         let later = world.env.rng.range(0, 50 * MS);
         world.env.at(later, Event::Start(1));
@@ -571,37 +557,6 @@ impl World {
             Part::Owner(owner) => owner.frame(frame, &mut process.base, &mut self.env),
             Part::Waiting(waiter) => waiter.frame(frame),
             Part::Starting(_) | Part::Nothing => {}
-        }
-    }
-
-    // ---- clients -----------------------------------------------------------------------------------------------------------------
-
-    fn client_at(&mut self, client: usize, after: Nanos) {
-        let at = self.env.now + after;
-        self.clients[client].next_at = at;
-        self.env.at(at, Event::Client(client));
-    }
-
-    fn client_asks(&mut self, client: usize) {
-        if self.clients[client].next_at == self.env.now {
-            let frame = request(client, self.clients[client].asked);
-            self.env.frame_for_guest(&frame);
-            self.client_at(client, CLIENT_PATIENCE);
-        }
-    }
-
-    fn client_hears(&mut self, frame: &[u8]) {
-        let said = Utterance::decode(frame);
-        let Some(client) = usize::try_from(said.client).ok().filter(|client| *client < CLIENTS) else { return };
-        let of = &mut self.clients[client];
-        if said.registers.boot > of.boot {
-            // A guest that was booted anew knows nothing: the client begins where it is.
-            (of.boot, of.asked) = (said.registers.boot, said.registers.done[client]);
-        }
-        if self.env.ghost.answered(client, of.asked, &said) {
-            of.asked += 1;
-            let pause = self.env.rng.range(2 * MS, 40 * MS);
-            self.client_at(client, pause);
         }
     }
 

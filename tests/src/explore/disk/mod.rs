@@ -12,6 +12,7 @@
 
 pub mod ghost;
 pub mod node;
+pub mod op;
 pub mod search;
 pub mod world;
 

@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use replication_proto::mutant::Mutant;
 
-use super::world::{Choice, Op, Step, Violation, World, following};
+use super::op::{Op, Step};
+use super::world::{Choice, Violation, World, following};
 use super::{Bounds, HUNTED};
 use crate::explore::mutants::activate;
 
