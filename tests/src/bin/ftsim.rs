@@ -180,7 +180,7 @@ const BROKEN: [(replication_proto::mutant::Mutant, u64, bool); 16] = {
         (Mutant::UncertainSyncIsFailure, 11, false),
         (Mutant::PauseForEver, 0, false),
         (Mutant::AckBeforeStable, 0, true),
-        (Mutant::BitAfterWrite, 16, true),
+        (Mutant::BitAfterWrite, 50, true),
         (Mutant::BaseBeforeImage, 0, true),
         (Mutant::ReturnersBitsIgnored, 20, true),
     ]
