@@ -1,0 +1,233 @@
+//! What the runner's thread does, in a simulated world: the pieces of a base, and the ends of epochs.
+
+use std::time::Duration;
+
+use primary::bulk::{BaseCopy, BaseStep, hashes_of};
+use primary::disk::DiskStep;
+use primary::epoch::{Afterwards, StagedCheckpoint, stage};
+use primary::host::EPOCHS_IN_FLIGHT;
+use primary::owner::course::Event as Told;
+use primary::pacer::{Look, Next, Pacer, Taken};
+use primary::protect::Session;
+use replication_proto::Epoch;
+use vmm::{Machine, PageNo};
+
+use super::{Doing, OwnerPart};
+use crate::world::Nanos;
+use crate::world::env::{Env, Event};
+use crate::world::process::Base;
+
+/// How long the runner waits before it looks again whether there is room for a further checkpoint.
+const ROOM_INTERVAL: Nanos = 1_000_000;
+
+/// What a pause is said to have cost the guest: virtual time does not pass in one.
+const PAUSE: Duration = Duration::from_micros(200);
+
+impl OwnerPart {
+    /// The runner's thread wakes: the next piece of the base, or the end of an epoch.
+    pub fn runner(&mut self, session: Session, base: &mut Base, env: &mut Env) {
+        let current = match &self.doing {
+            Doing::Copying { session, .. } | Doing::Epochs { session, .. } => Some(*session),
+            Doing::Nothing | Doing::Stopped | Doing::HandedOver => None,
+        };
+        if current != Some(session) || self.runner_at.is_none_or(|at| at > env.now) {
+            return;
+        }
+        self.runner_at = None;
+        base.set_clock(env.now);
+        match &self.doing {
+            Doing::Copying { .. } => self.copy_piece(base, env),
+            _ => self.look(base, env),
+        }
+        base.flush(env);
+    }
+
+    fn has_room(&self) -> Option<bool> {
+        let link = self.link.as_ref().filter(|link| !link.closed)?;
+        Some(link.stream.in_flight() < EPOCHS_IN_FLIGHT)
+    }
+
+    /// The runner's thread wakes at `at`, if nothing wakes it before.
+    fn wake_runner(&mut self, at: Nanos, session: Session, base: &Base, env: &mut Env) {
+        if self.runner_at.is_none_or(|planned| at < planned || planned < env.now) {
+            self.runner_at = Some(at.max(env.now));
+            env.at(at, Event::Runner(base.who, session));
+        }
+    }
+
+    /// The gate or the link rang: the runner's thread looks soon.
+    pub(super) fn heed_bell(&mut self, base: &Base, env: &mut Env) {
+        if let Doing::Epochs { session, .. } = &self.doing
+            && base.gate.bell().heard().try_recv().is_ok()
+        {
+            let (session, at) = (*session, env.now + env.rng.range(5_000, 200_000));
+            self.wake_runner(at, session, base, env);
+        }
+    }
+
+    /// The runner's thread asks the pacer.
+    fn look(&mut self, base: &mut Base, env: &mut Env) {
+        let Doing::Epochs { session, pacer } = &mut self.doing else { return };
+        let session = *session;
+        let now = base.local(env.now);
+        let bell = base.gate.bell();
+        pacer.committed(Epoch(bell.last_committed()), now);
+        let asked = self.parts.disks.wants_checkpoint();
+        let look = Look { now, waiting_since: bell.waits_since(), ran: Some(self.machine.ran()), asked };
+        match pacer.look(&look) {
+            Next::End => self.end_epoch(Afterwards::RunsOn, base, env),
+            Next::Look(at) => {
+                let at = base.world_time(at) + env.rng.range(0, 200_000);
+                self.wake_runner(at.max(env.now + 1_000), session, base, env);
+            }
+        }
+    }
+
+    fn wait_for_room(&mut self, session: Session, base: &Base, env: &mut Env) {
+        self.wake_runner(env.now + ROOM_INTERVAL, session, base, env);
+    }
+
+    /// The next piece of the base: disks until few blocks are left, memory, and what is left of the disks.
+    fn copy_piece(&mut self, base: &mut Base, env: &mut Env) {
+        let Doing::Copying { session, first, memory, disks, few } = &mut self.doing else { return };
+        let (session, first) = (*session, *first);
+        let Some(link) = self.link.as_mut().filter(|link| !link.closed && link.session == session) else {
+            return self.fail("no link", base, env);
+        };
+        if let Some(disks) = disks.as_mut().filter(|_| memory.is_none() || *few) {
+            if let Some(failure) = self.parts.disks.take_failure() {
+                return self.fail(&failure.to_string(), base, env);
+            }
+            let Ok(step) = disks.next_step(&*self.parts.disks, *few) else {
+                return self.fail("an image cannot be read", base, env);
+            };
+            let sent = match step {
+                DiskStep::Ask(ask) => link.stream.hashes(&ask),
+                DiskStep::Send(pieces) => pieces.iter().try_for_each(|piece| link.stream.disk_piece(piece)),
+                DiskStep::Await => Ok(()),
+                DiskStep::Few => {
+                    let copy = BaseCopy::begin(&mut self.machine, link.standing.warm_memory);
+                    *memory = Some(copy.expect("the simulated dirty log can be switched on"));
+                    Ok(())
+                }
+                DiskStep::End => {
+                    self.parts.disks.cover(first);
+                    return self.end_base(session, first, base, env);
+                }
+            };
+            return self.sent_piece(sent.is_ok(), base, env);
+        }
+        let Some(copy) = memory else { return };
+        if let Some(disks) = disks {
+            disks.note_changes(&*self.parts.disks);
+        }
+        let step = copy.next_step(&mut self.machine).expect("the simulated dirty log can be read");
+        let stage = |pages: &[PageNo]| {
+            base.arena.stage_pages(self.machine.ram(), pages.len(), pages.iter().copied()).expect("pages of RAM")
+        };
+        let sent = match step {
+            BaseStep::Ask(pages) => link.stream.hashes(&hashes_of(&stage(&pages))),
+            BaseStep::Send(pages) => link.stream.pages(&stage(&pages)),
+            BaseStep::Await => Ok(()),
+            BaseStep::End if disks.is_some() => {
+                *few = true;
+                Ok(())
+            }
+            BaseStep::End => return self.end_base(session, first, base, env),
+        };
+        self.sent_piece(sent.is_ok(), base, env);
+    }
+
+    fn sent_piece(&mut self, well: bool, base: &mut Base, env: &mut Env) {
+        if !well {
+            return self.fail("the stream is over", base, env);
+        }
+        self.transmit(env);
+        self.schedule(base, env);
+    }
+
+    /// What is left goes with the checkpoint that ends the base.
+    fn end_base(&mut self, session: Session, first: Epoch, base: &mut Base, env: &mut Env) {
+        let Some(checkpoint) = self.take(first, Afterwards::RunsOn, base, env) else {
+            return self.fail("no checkpoint", base, env);
+        };
+        env.ghost.base_sealed(base.who, first.0);
+        let Some(link) = &mut self.link else { return };
+        let sent = link.stream.end(checkpoint);
+        self.running_epoch = first.next();
+        let pacer = Pacer::new(base.pace, EPOCHS_IN_FLIGHT, first, base.local(env.now));
+        self.doing = Doing::Epochs { session, pacer };
+        self.sent_piece(sent.is_ok(), base, env);
+    }
+
+    pub(super) fn schedule(&mut self, base: &Base, env: &mut Env) {
+        match &self.doing {
+            Doing::Copying { session, .. } => {
+                let (session, at) = (*session, env.now + env.rng.range(100_000, 2_000_000));
+                self.wake_runner(at, session, base, env);
+            }
+            // It asks the pacer as soon as it can.
+            Doing::Epochs { session, .. } => {
+                let (session, at) = (*session, env.now + env.rng.range(1_000, 20_000));
+                self.wake_runner(at, session, base, env);
+            }
+            Doing::Nothing | Doing::Stopped | Doing::HandedOver => {}
+        }
+    }
+
+    /// The real checkpoint, steps 2 to 7.
+    fn take(&mut self, epoch: Epoch, afterwards: Afterwards, base: &Base, env: &mut Env) -> Option<StagedCheckpoint> {
+        if let Some(failure) = self.parts.disks.take_failure() {
+            env.note(|| format!("{}: {failure}", base.me));
+            return None;
+        }
+        let staged = stage(&mut self.machine, &self.parts, epoch, afterwards).ok()?.0;
+        env.ghost.sealed(base.who, epoch.0, &mut self.machine);
+        let (bytes, _) = base.gate.held();
+        if bytes > 1 << 20 || base.arena.in_flight() > 64 << 20 {
+            env.ghost.broken("G7", format!("{bytes} bytes held, {} staged", base.arena.in_flight()));
+        }
+        Some(staged)
+    }
+
+    pub(super) fn end_epoch(&mut self, afterwards: Afterwards, base: &mut Base, env: &mut Env) {
+        let Doing::Epochs { session, .. } = &self.doing else { return };
+        let session = *session;
+        match self.has_room() {
+            None => return self.fail("no link", base, env),
+            Some(false) if afterwards == Afterwards::RunsOn => {
+                env.ghost.broken("G7", "the pacer ends an epoch without room for its checkpoint".into());
+                return self.wait_for_room(session, base, env);
+            }
+            Some(_) => {}
+        }
+        if self.stopped {
+            // The guest ended by itself; its link stays until the record says so.
+            self.doing = Doing::Stopped;
+            return;
+        }
+        let waited_since = base.gate.bell().waits_since();
+        let epoch = self.last.next();
+        self.last = epoch;
+        self.running_epoch = epoch.next();
+        let Some(checkpoint) = self.take(epoch, afterwards, base, env) else {
+            return self.fail("no checkpoint", base, env);
+        };
+        let sent = self.link.as_mut().map(|link| link.stream.checkpoint(checkpoint));
+        if !matches!(sent, Some(Ok(()))) {
+            return self.fail("the stream is over", base, env);
+        }
+        self.transmit(env);
+        if afterwards == Afterwards::StaysStopped {
+            self.stopped = true;
+            self.doing = Doing::HandedOver;
+            self.inbox.push_back(Told::FinalSent(epoch));
+            return base.rouse(env);
+        }
+        if let Doing::Epochs { pacer, .. } = &mut self.doing {
+            let (now, ran) = (base.local(env.now), Some(self.machine.ran()));
+            pacer.ended(&Taken { epoch, began: now, pause: PAUSE, waited_since, ran }, now);
+        }
+        self.schedule(base, env);
+    }
+}
