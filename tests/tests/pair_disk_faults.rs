@@ -11,6 +11,7 @@ use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use primary::disk::open::map_path;
 use primary::disk::{DirtyMap, DiskIdentity, Journal, open_image, open_storage};
 use replication_proto::{Incarnation, VmId};
 use tests::real::artifacts::Artifacts;
@@ -65,7 +66,7 @@ impl Order {
 }
 
 fn map_of(image: &Path) -> PathBuf {
-    PathBuf::from(format!("{}.ftmap", image.display()))
+    map_path(image, false, Path::new(""), "")
 }
 
 /// A protected pair whose files of disks fail on order, and a client.

@@ -2,12 +2,13 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use primary::disk::BLOCK_BYTES;
 use primary::disk::header::BITS_AT;
+use primary::disk::open::map_path;
 use tests::real::pair::{Pair, PairOptions};
 use tests::real::resp::{Connection, Reply};
 use tests::real::rng::Rng;
@@ -138,8 +139,8 @@ fn lost_bit_is_found(scene: &mut Scene) -> Result<()> {
 }
 
 /// Clears the bit of a block in the map of an image.
-fn lose_bit(image: &std::path::Path, block: u64) -> Result<()> {
-    let path = PathBuf::from(format!("{}.ftmap", image.display()));
+fn lose_bit(image: &Path, block: u64) -> Result<()> {
+    let path = map_path(image, false, Path::new(""), "");
     let change = || {
         let file = File::options().read(true).write(true).open(&path)?;
         let (at, bit, mut byte) = (BITS_AT + block / 8, 1 << (block % 8), [0]);

@@ -192,10 +192,9 @@ impl Waiter {
         }
         let end = end.or_else(|| self.on_time());
         let contends = self.host.decider.state() == StateName::TakingOver;
-        if contends && !std::mem::replace(&mut self.contends, contends) {
+        if !std::mem::replace(&mut self.contends, contends) && contends {
             self.waiting.disks.hurry();
         }
-        self.contends = contends;
         if end.is_none() {
             // Of a side that is about to run, the activation closes the link.
             self.link.raise_generation(self.host.identity().generation);

@@ -40,11 +40,16 @@ struct Move {
     activated_us: u64,
     /// That side was PROTECTED.
     protected_us: u64,
-    /// The client's longest time without an answer around it.
+    /// The client's longest time without an answer from the kill, or the order, until it heard the guest again.
     gap: f64,
+    /// The same until that side was PROTECTED: while a base is copied, too.
+    gap_until_protected: f64,
     /// Bytes that the new owner sent until it was PROTECTED and armed.
     sent_bytes: u64,
 }
+
+/// What is said again of the last epoch may be the first that a client hears of the new owner: the silence after it belongs to the move, too.
+const FIRST_WORDS_US: u64 = 20_000;
 
 /// A figure of each move.
 type Column<'a> = &'a dyn Fn(&Move) -> f64;
@@ -123,11 +128,8 @@ fn story(args: &Args, length: u32, seed: u64, pair: &mut Pair, screen: &Screen) 
     let report =
         screen.during("reading everything back", |_| Ok::<_, Error>(writer.finish(pair.network().client())))?;
     for made in &mut moves {
-        let around = report.acks.windows(2).filter(|pair| {
-            let (begin, end) = (pair[0].at_us, pair[1].at_us);
-            end >= made.began_us && begin <= made.protected_us
-        });
-        made.gap = around.map(|pair| ms_between(pair[0].at_us, pair[1].at_us)).fold(f64::NAN, f64::max);
+        made.gap = longest_silence(&report, made.began_us, made.activated_us + FIRST_WORDS_US);
+        made.gap_until_protected = longest_silence(&report, made.began_us, made.protected_us);
     }
     let memory_bytes = failover::config::parse_size(&args.memory).unwrap_or(0);
     let disk = match args.disk {
@@ -135,6 +137,13 @@ fn story(args: &Args, length: u32, seed: u64, pair: &mut Pair, screen: &Screen) 
         None => None,
     };
     Ok(Chain { planned: args.planned, wanted: length, memory_bytes, disk, moves, report })
+}
+
+/// The client's longest time without an answer that touches this span.
+fn longest_silence(report: &WriterReport, from_us: u64, to_us: u64) -> f64 {
+    let silences = report.acks.windows(2).map(|pair| (pair[0].at_us, pair[1].at_us));
+    let touching = silences.filter(|(begin, end)| *end >= from_us && *begin <= to_us);
+    touching.map(|(begin, end)| ms_between(begin, end)).fold(f64::NAN, f64::max)
 }
 
 /// Asks the owner to compare everything, and then looks at the files.
@@ -176,6 +185,7 @@ fn one_move(pair: &mut Pair, from: Node, planned: bool, writer: &Writer) -> Resu
         activated_us,
         protected_us: protected.mono_us,
         gap: f64::NAN,
+        gap_until_protected: f64::NAN,
         sent_bytes,
     })
 }
@@ -216,8 +226,9 @@ impl Chain {
         let mib = |bytes: u64| ms_between(0, bytes) * 1_000.0 / f64::from(1 << 20);
         // Memory and disk.
         let all = self.memory_bytes + self.disk.as_ref().map_or(0, |disk| disk.bytes);
-        let of: [(&'static str, Column<'_>); 6] = [
+        let of: [(&'static str, Column<'_>); 7] = [
             ("gap_ms", &|m| m.gap),
+            ("gap_until_protected_ms", &|m| m.gap_until_protected),
             ("until_granted_ms", &|m| ms_between(m.stopped_us.unwrap_or(m.began_us), m.granted_us)),
             ("activate_ms", &|m| ms_between(m.granted_us, m.activated_us)),
             ("protected_again_ms", &|m| ms_between(m.activated_us, m.protected_us)),
@@ -272,6 +283,7 @@ impl Chain {
                 json!({
                     "from": made.from.as_str(),
                     "gap_ms": made.gap,
+                    "gap_until_protected_ms": made.gap_until_protected,
                     "began_to_granted_ms": ms_between(made.began_us, made.granted_us),
                     "granted_to_activated_ms": ms_between(made.granted_us, made.activated_us),
                     "activated_to_protected_ms": ms_between(made.activated_us, made.protected_us),

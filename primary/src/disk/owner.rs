@@ -43,7 +43,7 @@ impl OwnerDisks {
     /// With more than 255 disks.
     pub fn new(parts: Vec<DiskParts>, log_limit: usize, first: FirstChange) -> io::Result<Self> {
         let mut owner = Self::without_thread(parts, log_limit, first);
-        let maps: Vec<Arc<DirtyMap>> = owner.disks.iter().map(|disk| Arc::clone(disk.map())).collect();
+        let maps = owner.maps();
         let (tell, told) = bounded::<Point>(1);
         let keeper = std::thread::Builder::new().name("disk-maps".into()).spawn(move || {
             for point in told {
@@ -162,8 +162,11 @@ impl OwnerDisks {
 
     /// Clears bits of what the other side holds on stable storage at `point`. Syncs the images.
     pub fn tidy(&self, point: Point) {
-        let maps: Vec<Arc<DirtyMap>> = self.disks.iter().map(|disk| Arc::clone(disk.map())).collect();
-        tidy(&maps, point);
+        tidy(&self.maps(), point);
+    }
+
+    fn maps(&self) -> Vec<Arc<DirtyMap>> {
+        self.disks.iter().map(|disk| Arc::clone(disk.map())).collect()
     }
 
     /// Whether all maps are still ours: asked when protection begins.

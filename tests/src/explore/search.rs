@@ -321,7 +321,8 @@ pub fn guarded(setup: &Setup, memory: &mut Memory, world: &World, step: Step) ->
     }
 }
 
-fn said(panic: &(dyn Any + Send)) -> String {
+/// What a panic said.
+pub(super) fn said(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<String>().cloned();
     text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned())).unwrap_or_else(|| "a panic".to_owned())
 }

@@ -1,6 +1,6 @@
 //! Breadth first. The machinery under test cannot be copied: every state is lived through again from the beginning.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
@@ -10,6 +10,7 @@ use super::op::{Op, Step};
 use super::world::{Choice, Violation, World, following};
 use super::{Bounds, HUNTED};
 use crate::explore::mutants::activate;
+use crate::explore::search::said;
 
 /// What a search came to.
 #[derive(Debug)]
@@ -34,7 +35,7 @@ pub struct Outcome {
 
 struct Search {
     bounds: Bounds,
-    known: HashMap<u128, ()>,
+    known: HashSet<u128>,
     /// The step to each state and the state before it.
     steps: Vec<(u32, Step)>,
     next: Vec<u32>,
@@ -56,8 +57,8 @@ pub fn search(bounds: Bounds, states: usize, progress: bool) -> Outcome {
         found: None,
         took: Duration::ZERO,
     };
-    let mut search = Search { bounds, known: HashMap::new(), steps: Vec::new(), next: Vec::new(), outcome };
-    search.known.insert(World::new(bounds).print(), ());
+    let mut search = Search { bounds, known: HashSet::new(), steps: Vec::new(), next: Vec::new(), outcome };
+    search.known.insert(World::new(bounds).print());
     let mut level = vec![ROOT];
     while !level.is_empty() && search.outcome.states <= states && search.outcome.found.is_none() {
         search.outcome.depth += 1;
@@ -138,7 +139,7 @@ impl Search {
         let mut world = self.lived(path);
         let before = world.spent();
         let done = catch_unwind(AssertUnwindSafe(|| world.perform(&step)));
-        let done = done.unwrap_or_else(|cause| Err(format!("an assert of the pair: {}", told(&*cause))));
+        let done = done.unwrap_or_else(|cause| Err(format!("an assert of the pair: {}", said(&*cause))));
         self.outcome.transitions += 1;
         self.outcome.looked += world.looked;
         if let Err(violation) = done {
@@ -146,7 +147,7 @@ impl Search {
             self.outcome.found = Some((trace, violation));
             return None;
         }
-        if self.known.insert(world.print(), ()).is_none() {
+        if self.known.insert(world.print()) {
             self.outcome.states += 1;
             world.sights().into_iter().for_each(|sight| *self.outcome.seen.entry(sight).or_insert(0) += 1);
             let number = u32::try_from(self.steps.len()).expect("fewer states");
@@ -156,11 +157,6 @@ impl Search {
         let after = world.spent();
         Some((std::mem::take(&mut world.chosen), [after[0] - before[0], after[1] - before[1]]))
     }
-}
-
-fn told(cause: &(dyn std::any::Any + Send)) -> String {
-    let text = cause.downcast_ref::<String>().cloned();
-    text.or_else(|| cause.downcast_ref::<&str>().map(ToString::to_string)).unwrap_or_default()
 }
 
 /// A trace, in words.
