@@ -73,7 +73,7 @@ mod tests {
     #[test]
     fn a_short_sleep_beyond_what_was_meant_is_left_out() {
         let mut a = Attention::default();
-        a.sleeps(0 * MS, 100 * MS);
+        a.sleeps(Duration::ZERO, 100 * MS);
         assert_eq!(a.wakes(420 * MS), Some(320 * MS));
         assert_eq!(a.core_time(420 * MS), 100 * MS);
         a.sleeps(420 * MS, 450 * MS);
@@ -84,7 +84,7 @@ mod tests {
     #[test]
     fn a_long_sleep_counts_in_full() {
         let mut a = Attention::default();
-        a.sleeps(0 * MS, 100 * MS);
+        a.sleeps(Duration::ZERO, 100 * MS);
         assert_eq!(a.wakes(1_600 * MS), None);
         assert_eq!(a.core_time(1_600 * MS), 1_600 * MS);
     }
@@ -98,7 +98,7 @@ mod tests {
     #[test]
     fn a_long_stop_is_noticed_in_the_middle_of_work_and_while_asleep() {
         let mut a = Attention::default();
-        a.sleeps(0 * MS, 100 * MS);
+        a.sleeps(Duration::ZERO, 100 * MS);
         assert_eq!(a.wakes(100 * MS), None);
         assert_eq!(a.slept(), &Slept::default());
         a.sleeps(1_200 * MS, 1_300 * MS);
