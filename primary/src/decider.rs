@@ -42,7 +42,7 @@ impl Decider {
         let core = self.core.next_deadline(core_now).map(|at| at.saturating_sub(core_now));
         let other = other.map(|at| at.saturating_sub(now));
         let wait = core.into_iter().chain(other).fold(most, Duration::min);
-        self.attention.sleeps(now + wait);
+        self.attention.sleeps(now, now + wait);
         wait
     }
 
@@ -69,7 +69,7 @@ impl Decider {
 
     /// Facts for the status.
     pub fn view(&self, now: Duration) -> View {
-        self.core.view(self.attention.core_time(now))
+        self.core.view_of(self.attention.core_time(now), self.attention.slept())
     }
 }
 

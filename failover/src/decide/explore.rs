@@ -39,7 +39,7 @@ impl Core {
             timers.arbiter_probe.saturating_mul(3).saturating_add(Duration::from_millis(1))
         };
         let halt = if timers.isolation_halt == Duration::MAX { Duration::ZERO } else { timers.isolation_halt };
-        let silence = if self.mine.is_some() { timers.solo } else { timers.takeover };
+        let silence = self.silence();
         self.since = shift.past(self.since, halt);
         self.last_usable = self.last_usable.map(|at| shift.past(at, halt.max(probes)));
         self.probe_at = shift.future(self.probe_at);

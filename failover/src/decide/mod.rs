@@ -33,7 +33,7 @@ pub use types::{
     Action, Answer, ArbiterRequest, ColdStart, Command, CommandOutcome, CoreConfig, CoreTimers, FenceReason, Gate,
     GoodbyeReason, GuestEnd, Input, LinkLoss, OnBackupLoss, OpId, PeerReport, Rejoin, Role, StateName, Ticket,
 };
-pub use view::View;
+pub use view::{Slept, View};
 
 /// A protection that held for this long forgets earlier losses.
 const STABLE: Duration = Duration::from_secs(60);
@@ -627,9 +627,13 @@ impl Core {
     }
 
     fn evidence(&self, now: Duration) -> Option<Evidence> {
+        self.detector.evidence(now, self.silence(), self.config.timers.eof_grace)
+    }
+
+    /// How long the peer may be silent.
+    fn silence(&self) -> Duration {
         let timers = &self.config.timers;
-        let silence = if self.mine.is_some() { timers.solo } else { timers.takeover };
-        self.detector.evidence(now, silence, timers.eof_grace)
+        if self.mine.is_some() { timers.solo } else { timers.takeover }
     }
 }
 

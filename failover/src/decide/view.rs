@@ -1,5 +1,6 @@
 //! What the core shows of itself: deadlines for the shell's event loop, facts for the status.
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use replication_proto::mutant::{Mutant, is};
@@ -7,6 +8,43 @@ use replication_proto::{Epoch, Generation};
 
 use super::{Core, Gate, NodeRef, Protection, ReasonCode, State, StateName, Versioned};
 use crate::detector::Detector;
+
+/// Sleeps that are remembered one by one; what is older is added to the oldest of them.
+const SLEEPS: usize = 64;
+
+/// What a process slept through though it did not mean to. Its core's clock leaves short sleeps out, and what waited in its sockets meanwhile is
+/// as old as the sleep: neither may make a status say more than is known.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Slept {
+    /// When, on the core's clock, and for how long; the latest is last.
+    left_out: VecDeque<(Duration, Duration)>,
+    woke: Option<Duration>,
+}
+
+impl Slept {
+    /// `late` was left out of the core's clock when it stood at `now`.
+    pub fn left_out(&mut self, now: Duration, late: Duration) {
+        if self.left_out.len() == SLEEPS {
+            let (_, oldest) = self.left_out.pop_front().expect("it is full");
+            self.left_out[0].1 = self.left_out[0].1.saturating_add(oldest);
+        }
+        self.left_out.push_back((now, late));
+    }
+
+    /// A sleep so long that anything may have happened ended at `now`.
+    pub fn woke(&mut self, now: Duration) {
+        self.woke = Some(now);
+    }
+
+    /// What the core's clock left out from `then` on.
+    fn since(&self, then: Duration) -> Duration {
+        self.left_out
+            .iter()
+            .rev()
+            .take_while(|(at, _)| *at >= then)
+            .fold(Duration::ZERO, |sum, (_, late)| sum.saturating_add(*late))
+    }
+}
 
 /// The facts that a status is made of.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -76,9 +114,14 @@ impl Core {
         }
     }
 
-    /// Facts for the status, at `now`.
+    /// Facts for the status, at `now`, of a process that never slept.
     pub fn view(&self, now: Duration) -> View {
-        let age = |then: Duration| now.saturating_sub(then);
+        self.view_of(now, &Slept::default())
+    }
+
+    /// Facts for the status, at `now`, of a process that slept.
+    pub fn view_of(&self, now: Duration, slept: &Slept) -> View {
+        let age = |then: Duration| now.saturating_sub(then).saturating_add(slept.since(then));
         let partner_arbiter_age =
             self.report.and_then(|(heard, report)| report.arbiter_age.map(|said| said.saturating_add(age(heard))));
         let arbiter_age = self.last_usable.map(age);
@@ -87,7 +130,10 @@ impl Core {
         let fresh = |age: Option<Duration>| {
             age.is_some_and(|age| age <= self.config.timers.arbiter_probe.saturating_mul(3)) && self.alarm.is_none()
         };
-        let partner_alive = self.evidence(now).is_none() && self.detector.watched().is_some();
+        // What is read right after a long sleep was sent in the course of it. What comes after as long as nobody may be silent was sent since.
+        let since = slept.woke.map_or(Duration::ZERO, |woke| woke.saturating_add(self.silence()));
+        let partner_alive =
+            self.evidence(now).is_none() && self.detector.last_heard().is_some_and(|heard| heard >= since);
         let (protected, armed) = match state {
             StateName::Protected => (true, partner_alive && fresh(partner_arbiter_age)),
             // The standby speaks for itself; whether output is gated only the owner can say.
@@ -135,8 +181,7 @@ impl Core {
     /// When to hand over [`super::Input::Tick`] at the latest if nothing else happens. Always later than the last `now`.
     pub fn next_deadline(&self, now: Duration) -> Option<Duration> {
         let timers = &self.config.timers;
-        let silence = if self.mine.is_some() { timers.solo } else { timers.takeover };
-        let watched = |detector: &Detector| detector.deadline(silence, timers.eof_grace);
+        let watched = |detector: &Detector| detector.deadline(self.silence(), timers.eof_grace);
         let own = match &self.state {
             State::Stopping { until, .. }
             | State::Draining { until, .. }

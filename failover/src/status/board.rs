@@ -17,6 +17,8 @@ use crate::reason::ReasonCode;
 
 /// Longest duration that a distribution tells apart from longer ones, in microseconds.
 const LONGEST_MICROS: u64 = 60_000_000;
+/// An event loop that gives no sign of life for this long does not know whether a takeover would be granted. The loops wake ten times a second.
+const ARMED_FOR: Duration = Duration::from_secs(1);
 /// Decimal digits that a percentile is exact to.
 const DIGITS: u8 = 2;
 
@@ -243,15 +245,7 @@ impl StatusBoard {
         let inner = self.lock();
         let now = Instant::now();
         let mut status = inner.status.clone();
-        let grown = (now - inner.applied).as_secs_f64();
-        for age in [
-            &mut status.arbiter.age_seconds,
-            &mut status.arbiter.pending_seconds,
-            &mut status.peer.seen_age_seconds,
-            &mut status.peer.arbiter_age_seconds,
-        ] {
-            age.iter_mut().for_each(|age| *age += grown);
-        }
+        grow_old(&mut status, now - inner.applied);
         status.state_seconds = (now - inner.state_since).as_secs_f64();
         let running = inner.unprotected_since.map_or(Duration::ZERO, |since| now - since);
         status.unprotected_seconds = inner.unprotected_since.map(|since| (now - since).as_secs_f64());
@@ -318,6 +312,19 @@ fn fill(status: &mut Status, view: &View) {
     }
 }
 
+/// What was true `ago`, as far as it may be said now.
+fn grow_old(status: &mut Status, ago: Duration) {
+    for age in [
+        &mut status.arbiter.age_seconds,
+        &mut status.arbiter.pending_seconds,
+        &mut status.peer.seen_age_seconds,
+        &mut status.peer.arbiter_age_seconds,
+    ] {
+        age.iter_mut().for_each(|age| *age += ago.as_secs_f64());
+    }
+    status.armed &= ago < ARMED_FOR;
+}
+
 fn micros_as_seconds(micros: u64) -> f64 {
     Duration::from_micros(micros).as_secs_f64()
 }
@@ -339,5 +346,22 @@ fn distribution(histogram: &Histogram<u64>, sum: Duration) -> Distribution {
         p99_seconds: at(0.99),
         max_seconds: at(1.0),
         buckets,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::status::tests_support::{board, view};
+
+    #[test]
+    fn an_event_loop_that_stands_still_is_not_armed() {
+        let board = board();
+        board.apply(&View { armed: true, protected: true, ..view(StateName::Protected) });
+        let mut status = board.snapshot();
+        grow_old(&mut status, ARMED_FOR / 2);
+        assert!(status.armed && status.protected);
+        grow_old(&mut status, ARMED_FOR);
+        assert!(!status.armed && status.protected, "output is gated as before");
     }
 }

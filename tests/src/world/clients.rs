@@ -31,7 +31,8 @@ impl World {
 
     pub(super) fn client_asks(&mut self, client: usize) {
         if self.clients[client].next_at == self.env.now {
-            let frame = request(client, self.clients[client].asked);
+            let Client { asked, boot, .. } = self.clients[client];
+            let frame = request(client, boot, asked);
             self.env.frame_for_guest(&frame);
             self.client_at(client, CLIENT_PATIENCE);
         }

@@ -154,9 +154,10 @@ pub fn stamped(stamp: u64) -> Vec<u8> {
     stamp.to_le_bytes().repeat(512)
 }
 
-/// A client's request, as a frame.
-pub fn request(client: usize, number: u64) -> Vec<u8> {
-    [u64::try_from(client).expect("few clients").to_le_bytes(), number.to_le_bytes()].concat()
+/// A client's request to the `boot`-th guest, as a frame. Any other guest only answers who it is, as a host resets a connection that it does not
+/// know: numbers begin anew with each of them.
+pub fn request(client: usize, boot: u64, number: u64) -> Vec<u8> {
+    [u64::try_from(client).expect("few clients"), boot, number].map(u64::to_le_bytes).concat()
 }
 
 /// The machine.
@@ -337,9 +338,9 @@ impl SimMachine {
 
     fn take_frame(&mut self, frame: &[u8]) {
         let words: Vec<u64> = frame.as_chunks::<8>().0.iter().map(|b| u64::from_le_bytes(*b)).collect();
-        let [client, number] = words[..] else { return };
+        let [client, boot, number] = words[..] else { return };
         let Some(at) = usize::try_from(client).ok().filter(|at| *at < CLIENTS) else { return };
-        if number == self.registers.done[at] + 1 {
+        if boot == self.registers.boot && number == self.registers.done[at] + 1 {
             self.registers.done[at] = number;
             self.turn(mix(client ^ number.rotate_left(17)));
             self.write(0x400 + client * 8, number);

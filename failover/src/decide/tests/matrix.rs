@@ -75,6 +75,28 @@ fn matrix_row_04_arbiter_down_pair_healthy_no_stall_but_not_armed() {
 }
 
 #[test]
+fn what_waited_while_this_side_slept_does_not_arm_it() {
+    let mut world = World::protected();
+    world.run(ms(1500));
+    let view = |world: &World, slept: &Slept| world.nodes[A].core.as_ref().expect("alive").view_of(world.now, slept);
+    let mut slept = Slept::default();
+    slept.woke(world.now);
+    assert!(world.view(A).armed && !view(&world, &slept).armed, "heartbeats may have waited");
+    world.run(ms(100));
+    assert!(!view(&world, &slept).armed);
+    world.run(ms(200));
+    assert!(view(&world, &slept).armed, "heard for longer than the peer may be silent");
+
+    let awake = view(&world, &slept);
+    slept.left_out(world.now, ms(700));
+    let then = view(&world, &slept);
+    assert_eq!(then.partner_age, awake.partner_age.map(|age| age + ms(700)));
+    assert_eq!(then.arbiter_age, awake.arbiter_age.map(|age| age + ms(700)));
+    (0..5).for_each(|_| slept.left_out(world.now, ms(700)));
+    assert!(!view(&world, &slept).armed, "the arbiter's answer is older than it seems");
+}
+
+#[test]
 fn matrix_row_05_arbiter_down_and_primary_killed_nobody_runs_until_it_is_back() {
     let mut world = World::protected();
     world.nodes[B].service = Service::Down;
