@@ -458,6 +458,7 @@ mod tests {
             facts: Facts::new(),
             max_in_flight: 1,
             compress_base: false,
+            patches: false,
         };
         let mut sender = Sender::new(sender);
         intake.open();

@@ -74,6 +74,7 @@ fn main() {
         facts: facts.clone(),
         max_in_flight: 1,
         compress_base: false,
+        patches: false,
     };
     let limits = ReceiverLimits { max_epoch_pages: pages, max_epoch_section_bytes: 1 << 20, max_epoch_disk_bytes: 0 };
     let mut sender = Sender::new(config);

@@ -141,8 +141,11 @@ coded! {
             found: Epoch } = "misbehaved.bad_epoch" "epoch {found} cannot be here",
         /// The first checkpoint of a connection is no base, or a later one is.
         Kind = "misbehaved.kind" "the first checkpoint of a connection is the base, and only the first",
-        /// Compressed data without that feature.
-        NotNegotiated = "misbehaved.not_negotiated" "compressed data without having agreed on it",
+        /// Compressed data or a patch without that feature.
+        NotNegotiated = "misbehaved.not_negotiated" "compressed data or patches without having agreed on it",
+        /// A patch of a page of which no copy went over the connection, or in a base.
+        PatchOfNothing { /// Which.
+            page: PageIndex } = "misbehaved.patch_of_nothing" "a patch of page {page}, which did not come before",
         /// A page that is no memory of the guest.
         PageOutside { /// Which.
             page: PageIndex } = "misbehaved.page_outside" "page {page} is not memory of the guest",

@@ -11,6 +11,7 @@ mod disk;
 mod error;
 mod facts;
 mod greeting;
+mod history;
 pub mod ids;
 pub mod limits;
 mod liveness;

@@ -12,6 +12,10 @@ pub const MAX_FRAME_BYTES: usize = HEADER_BYTES + MAX_PAYLOAD_BYTES;
 pub const MAX_INPUT_BYTES: usize = 1 << 20;
 /// Most pages of one Pages message. Small enough that one message's pages stay in a core's cache between checksum, digest and copy.
 pub const MAX_PAGES_PER_MESSAGE: usize = 64;
+/// Most bytes of a patch: a page that changed more is sent as a whole.
+pub const MAX_PATCH_BYTES: usize = PAGE_BYTES / 2;
+/// Most pages that both ends of a connection keep a copy of, for patches (64 MiB).
+pub const MAX_HISTORY_PAGES: usize = 16_384;
 /// Most bytes of one section, decoded.
 pub const MAX_SECTION_BYTES: usize = MAX_PAYLOAD_BYTES - 4096;
 /// Most bytes of one inbound frame of the guest's network.
@@ -72,6 +76,7 @@ const _: () = {
     // The largest of each message fits a payload.
     assert!(MAX_PAGES_PER_MESSAGE > 0 && MAX_PAGES_PER_MESSAGE <= u16::MAX as usize);
     assert!(16 + MAX_PAGES_PER_MESSAGE * (16 + PAGE_BYTES) <= MAX_PAYLOAD_BYTES);
+    assert!(2 + MAX_PATCH_BYTES <= PAGE_BYTES && MAX_PATCH_BYTES <= u16::MAX as usize);
     assert!(16 + MAX_SECTION_BYTES <= MAX_PAYLOAD_BYTES);
     assert!(
         256 + 16 * MAX_RAM_RANGES + MAX_FACTS * (3 + MAX_FACT_NAME_BYTES + MAX_FACT_VALUE_BYTES) <= MAX_PAYLOAD_BYTES

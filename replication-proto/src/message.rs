@@ -60,8 +60,10 @@ pub struct Features {
 impl Features {
     /// Pages and sections may be compressed with zstd.
     pub const ZSTD: u64 = 1 << 0;
+    /// Pages of a delta may come as patches of what went over the connection before.
+    pub const PATCHES: u64 = 1 << 1;
     /// What this build offers and requires.
-    pub const OURS: Self = Self { offered: Self::ZSTD, required: 0 };
+    pub const OURS: Self = Self { offered: Self::ZSTD | Self::PATCHES, required: 0 };
 }
 
 /// The first message on every connection, from each side that starts to speak. The speaker's VM, generation and incarnation are in the

@@ -7,6 +7,7 @@ use bytes::Bytes;
 use crate::disk::{Comparable, DiskChange, PieceHashes, PiecesWanted, Standing, Verified};
 use crate::error::{ApiMisuse, Incompatible, LinkError, Malformed, Misbehaved};
 use crate::facts::Facts;
+use crate::history::PageHistory;
 use crate::ids::{Epoch, Generation, Identity, PageIndex};
 use crate::limits::{
     MAX_BASE_PASSES, MAX_DISK_CHANGES_PER_EPOCH, MAX_DISKS, MAX_IN_FLIGHT, MAX_QUESTIONS, MAX_SECTIONS_PER_EPOCH,
@@ -123,6 +124,7 @@ pub struct Receiver {
     facts: Facts,
     limits: ReceiverLimits,
     decoder: Option<Decoder>,
+    history: Option<PageHistory>,
     peer: Option<Identity>,
     phase: Phase,
     /// Pages of the checkpoint under way.
@@ -173,6 +175,7 @@ impl Receiver {
             facts,
             limits,
             decoder: None,
+            history: None,
             peer: None,
             phase: Phase::AwaitHello,
             ended: None,
@@ -422,6 +425,7 @@ impl Receiver {
         // From here on the primary's generation is the highest known, and the answer carries it.
         self.writer.set_generation(generation);
         self.decoder = agreed.has(Features::ZSTD).then(Decoder::new);
+        self.history = agreed.has(Features::PATCHES).then(|| PageHistory::new(&self.ram));
         let standing = self.standing.clone();
         let accept = Accept { version: agreed.version, features: agreed.features, node: ours.node, standing };
         self.writer.frame(MessageType::Accept, Epoch(0), &messages::put_accept(&accept), &[]);
@@ -461,10 +465,11 @@ impl Receiver {
     }
 
     fn handle_pages(&mut self, payload: &Bytes) -> Result<ReceiverEvent, LinkError> {
-        let pages::PagesFrame { indexes, bytes } = pages::pages(payload, self.decoder.as_mut())?;
+        let base = self.phase.checkpoint().kind == CheckpointKind::Base;
+        let history = if base { None } else { self.history.as_mut() };
+        let pages::PagesFrame { indexes, bytes } = pages::pages(payload, self.decoder.as_mut(), history)?;
         let (most_base, most_delta) = (self.ram.pages() * MAX_BASE_PASSES, self.limits.max_epoch_pages);
         let checkpoint = self.phase.checkpoint();
-        let base = checkpoint.kind == CheckpointKind::Base;
         checkpoint.pages += wide(indexes.len());
         if checkpoint.pages > if base { most_base } else { most_delta } {
             return Err(Misbehaved::EpochTooLarge { what: "pages" }.into());

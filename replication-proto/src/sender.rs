@@ -8,6 +8,7 @@ use crate::digest::EpochDigest;
 use crate::disk::{Comparable, DiskChange, PieceHashes, PiecesWanted, Standing, Verified, disk_pieces};
 use crate::error::{ApiMisuse, LinkError, Malformed, Misbehaved};
 use crate::facts::Facts;
+use crate::history::PageHistory;
 use crate::ids::{Epoch, Generation, Identity, PageIndex};
 use crate::limits::{
     HEADER_BYTES, MAX_BASE_PASSES, MAX_DISK_CHANGES_PER_EPOCH, MAX_DISKS, MAX_IN_FLIGHT, MAX_INBOUND_BYTES,
@@ -25,8 +26,9 @@ use crate::wire::codec::wide;
 use crate::wire::disk as wire_disk;
 use crate::wire::frame::{Frame, FrameReader, FrameWriter};
 use crate::wire::header::{Header, MessageType};
+use crate::wire::messages;
+use crate::wire::pages::{Part, Plan};
 use crate::wire::zstd::Encoder;
-use crate::wire::{messages, pages};
 
 /// What a [`Sender`] is and may do.
 #[derive(Debug, Clone)]
@@ -43,6 +45,8 @@ pub struct SenderConfig {
     pub max_in_flight: usize,
     /// Compress the pages of the base, and sections of a page or more, if the backup agrees.
     pub compress_base: bool,
+    /// Send pages of deltas as patches of what went over the connection before, if the backup agrees.
+    pub patches: bool,
 }
 
 /// What a [`Sender`] learnt.
@@ -108,7 +112,9 @@ pub struct Sender {
     disks: Vec<u64>,
     max_in_flight: usize,
     compress_base: bool,
+    features: Features,
     encoder: Option<Encoder>,
+    history: Option<PageHistory>,
     events: VecDeque<SenderEvent>,
     peer: Option<Identity>,
     phase: Phase,
@@ -154,14 +160,16 @@ impl Sender {
     /// # Panics
     /// When `config` has generation 0 or `max_in_flight` is out of its bounds.
     pub fn new(config: SenderConfig) -> Self {
-        let SenderConfig { identity, ram, disks, facts, max_in_flight, compress_base } = config;
+        let SenderConfig { identity, ram, disks, facts, max_in_flight, compress_base, patches } = config;
         assert!(disks.len() <= MAX_DISKS, "a machine has few disks");
         assert!(identity.generation > NO_GENERATION, "only who has the right to run sends a guest's state");
         assert!((1..=MAX_IN_FLIGHT).contains(&max_in_flight), "max_in_flight out of bounds");
+        let unwanted = if patches { 0 } else { Features::PATCHES };
+        let features = Features { offered: Features::OURS.offered & !unwanted, ..Features::OURS };
         let hello = Hello {
             channel: Channel::Data,
             versions: VersionRange::OURS,
-            features: Features::OURS,
+            features,
             node: identity.node.clone(),
             ram: Some(ram.clone()),
             facts,
@@ -176,7 +184,9 @@ impl Sender {
             disks,
             max_in_flight,
             compress_base,
+            features,
             encoder: None,
+            history: None,
             events: VecDeque::new(),
             peer: None,
             phase: Phase::AwaitAccept,
@@ -292,19 +302,18 @@ impl Sender {
         self.guarded(|this| {
             this.admit_pages(indexes, bytes.len())?;
             for (indexes, bytes) in messages_of(indexes, bytes) {
-                let (checkpoint, compress) = this.open_checkpoint()?;
-                let runs = pages::runs(indexes, bytes);
-                checkpoint.digest.pages(indexes, bytes);
-                let epoch = checkpoint.epoch;
-                if compress && this.compressed_pages(epoch, &runs, bytes) {
-                    continue;
-                }
-                let ranges = pages::data_ranges(&runs);
-                let data: usize = ranges.iter().map(ExactSizeIterator::len).sum();
-                let mut frame = BytesMut::with_capacity(HEADER_BYTES + pages::runs_bytes(&runs) + data);
+                let Some((epoch, plan)) = this.plan_pages(indexes, bytes)? else { continue };
+                let parts = plan.body();
+                let body: usize = parts.iter().map(part_bytes).sum();
+                let mut frame = BytesMut::with_capacity(HEADER_BYTES + plan.head_bytes() + body);
                 frame.resize(HEADER_BYTES, 0);
-                pages::put_runs(&mut frame, &runs, false);
-                ranges.into_iter().for_each(|range| frame.extend_from_slice(&bytes[range]));
+                plan.put_head(&mut frame, false);
+                for part in parts {
+                    match part {
+                        Part::Pages(range) => frame.extend_from_slice(&bytes[range]),
+                        Part::Patches(patches) => frame.extend_from_slice(&patches),
+                    }
+                }
                 this.writer.frame_in_place(MessageType::Pages, epoch, frame);
             }
             Ok(())
@@ -319,18 +328,16 @@ impl Sender {
         self.guarded(|this| {
             this.admit_pages(indexes, bytes.len())?;
             for (indexes, part) in messages_of(indexes, bytes) {
-                let (checkpoint, compress) = this.open_checkpoint()?;
-                let runs = pages::runs(indexes, part);
-                checkpoint.digest.pages(indexes, part);
-                let epoch = checkpoint.epoch;
-                if compress && this.compressed_pages(epoch, &runs, part) {
-                    continue;
-                }
-                let mut head = Vec::with_capacity(pages::runs_bytes(&runs));
-                pages::put_runs(&mut head, &runs, false);
+                let Some((epoch, plan)) = this.plan_pages(indexes, part)? else { continue };
+                let mut head = Vec::with_capacity(plan.head_bytes());
+                plan.put_head(&mut head, false);
                 let part = bytes.slice_ref(part);
-                let data: Vec<Bytes> = pages::data_ranges(&runs).into_iter().map(|range| part.slice(range)).collect();
-                this.writer.frame(MessageType::Pages, epoch, &head, &data);
+                let shared = |piece| match piece {
+                    Part::Pages(range) => part.slice(range),
+                    Part::Patches(patches) => patches,
+                };
+                let body: Vec<Bytes> = plan.body().into_iter().map(shared).collect();
+                this.writer.frame(MessageType::Pages, epoch, &head, &body);
             }
             Ok(())
         })
@@ -522,7 +529,7 @@ impl Sender {
     fn handle_accept(&mut self, header: &Header, payload: &[u8]) -> Result<(), LinkError> {
         let accept = messages::accept(payload)?;
         let VersionRange { min, max } = VersionRange::OURS;
-        let Features { offered, required } = Features::OURS;
+        let Features { offered, required } = self.features;
         let fits = (min..=max).contains(&accept.version)
             && accept.features & !offered == 0
             && required & !accept.features == 0
@@ -534,6 +541,7 @@ impl Sender {
         if self.compress_base && agreed.has(Features::ZSTD) {
             self.encoder = Some(Encoder::new());
         }
+        self.history = agreed.has(Features::PATCHES).then(|| PageHistory::new(&self.ram));
         let Header { vm, generation, incarnation, .. } = *header;
         let standing = accept.standing;
         if standing.disks.len() != self.disks.len() {
@@ -612,20 +620,41 @@ impl Sender {
         Ok(())
     }
 
+    /// How one message's pages are sent; `None` if they have been, compressed.
+    fn plan_pages(&mut self, indexes: &[PageIndex], bytes: &[u8]) -> Result<Option<(Epoch, Plan)>, LinkError> {
+        let (checkpoint, compress) = self.open_checkpoint()?;
+        checkpoint.digest.pages(indexes, bytes);
+        let (epoch, kind) = (checkpoint.epoch, checkpoint.kind);
+        let history = if kind == CheckpointKind::Delta { self.history.as_mut() } else { None };
+        let plan = Plan::new(indexes, bytes, history);
+        Ok(if compress && self.compressed_pages(epoch, &plan, bytes) { None } else { Some((epoch, plan)) })
+    }
+
     /// Sends pages compressed, if that saves something.
-    fn compressed_pages(&mut self, epoch: Epoch, runs: &[pages::Run], bytes: &[u8]) -> bool {
+    fn compressed_pages(&mut self, epoch: Epoch, plan: &Plan, bytes: &[u8]) -> bool {
         let Some(encoder) = &mut self.encoder else { return false };
-        let ranges = pages::data_ranges(runs);
-        let encoded = match &ranges[..] {
+        let parts = plan.body();
+        let bytes_of = |part: &Part| match part {
+            Part::Pages(range) => Bytes::copy_from_slice(&bytes[range.clone()]),
+            Part::Patches(patches) => patches.clone(),
+        };
+        let encoded = match &parts[..] {
             [] => return false,
-            [range] => encoder.encode(&bytes[range.clone()]),
-            _ => encoder.encode(&ranges.into_iter().map(|range| &bytes[range]).collect::<Vec<_>>().concat()),
+            [Part::Pages(range)] => encoder.encode(&bytes[range.clone()]),
+            _ => encoder.encode(&parts.iter().map(bytes_of).collect::<Vec<_>>().concat()),
         };
         let Some(encoded) = encoded else { return false };
-        let mut head = Vec::with_capacity(pages::runs_bytes(runs));
-        pages::put_runs(&mut head, runs, true);
+        let mut head = Vec::with_capacity(plan.head_bytes());
+        plan.put_head(&mut head, true);
         self.writer.frame(MessageType::Pages, epoch, &head, &[encoded.into()]);
         true
+    }
+}
+
+fn part_bytes(part: &Part) -> usize {
+    match part {
+        Part::Pages(range) => range.len(),
+        Part::Patches(patches) => patches.len(),
     }
 }
 

@@ -6,4 +6,5 @@ pub(crate) mod frame;
 pub(crate) mod header;
 pub(crate) mod messages;
 pub(crate) mod pages;
+pub(crate) mod patch;
 pub(crate) mod zstd;

@@ -98,13 +98,74 @@ fn row_05_counts_and_addresses_that_overflow() {
     assert_eq!(count(&[(u64::MAX, 1, 1)], 1), "malformed.value");
     assert_eq!(count(&[(u64::MAX / 4096, 2, 1)], 2), "malformed.value");
     assert_eq!(count(&[((1 << 40) - 1, 2, 1)], 2), "malformed.value");
-    assert_eq!(count(&[(0, 1, 2)], 1), "malformed.value");
+    assert_eq!(count(&[(0, 1, 3)], 1), "malformed.value");
     // More runs than there are bytes for.
     let mut payload = pages_payload(0, &[(0, 1, 1)], 2, 0, &[]);
     payload[2] = 2;
     assert_eq!(refused_in_epoch(PAGES, &payload), "malformed.too_short");
     let section = section_payload(1, 1, 0, u32::try_from(MAX_SECTION_BYTES + 1).unwrap(), b"");
     assert_eq!(refused_in_epoch(SECTION, &section), "malformed.count");
+}
+
+/// Patches that were not agreed on, of what did not come before, of a base, and those that are none.
+#[test]
+fn row_05_patches_that_say_too_much() {
+    let patch = |body: &[u8]| {
+        let length = u32::try_from(body.len()).unwrap();
+        pages_payload(0, &[(0, 1, 2)], 1, length, body)
+    };
+    assert_eq!(refused_in_epoch(PAGES, &patch(&[0, 0])), "misbehaved.not_negotiated");
+
+    let opening = |forge: &mut Forge, kind: u8| {
+        let mut hello = hello_payload();
+        hello[8] = 2;
+        let base = pages_payload(0, &[(0, 3, 1), (16, 2, 1)], 5, 0, &[]);
+        let mut digest = EpochDigest::new(Epoch(7), CheckpointKind::Base);
+        let all = support::all_pages(&support::ram());
+        digest.pages(&all, &vec![0; all.len() * PAGE_BYTES]);
+        let mut said = [forge.frame(HELLO, 0, &hello), forge.begin(7, 0)].concat();
+        if kind == 1 {
+            said.extend(forge.frame(PAGES, 7, &base));
+            said.extend(forge.end(7, 5, 0, digest.finish()));
+            said.extend(forge.begin(8, 1));
+        }
+        said
+    };
+    let with = |kind: u8, payloads: &[Vec<u8>]| {
+        let (mut backup, mut forge) = (Backup::new(receiver_config()), Forge::primary());
+        backup.feed(&opening(&mut forge, kind), usize::MAX).unwrap();
+        let epoch = if kind == 0 { 7 } else { 8 };
+        let said: Vec<u8> = payloads.iter().flat_map(|payload| forge.frame(PAGES, epoch, payload)).collect();
+        let error = backup.feed(&said, usize::MAX).expect_err("a bad patch was believed");
+        assert_eq!(backup.committed.len(), usize::from(kind));
+        error.code()
+    };
+    let page_1 = pages_payload(0, &[(1, 1, 0)], 1, 4096, &page(5));
+    let of_page_1 = |body: &[u8]| {
+        let length = u32::try_from(body.len()).unwrap();
+        vec![page_1.clone(), pages_payload(0, &[(1, 1, 2)], 1, length, body)]
+    };
+    assert_eq!(with(0, &[patch(&[0, 0])]), "misbehaved.not_negotiated", "there are none in a base");
+    assert_eq!(with(1, &[patch(&[0, 0])]), "misbehaved.patch_of_nothing", "a base leaves no copies");
+    assert_eq!(with(1, &of_page_1(&[0, 0])), "misbehaved.page_twice");
+    for (body, code) in [
+        (&[][..], "malformed.count"),
+        (&[0], "malformed.count"),
+        (&[1, 0], "malformed.count"),
+        (&[0, 0, 0], "malformed.count"),
+        (&[3, 0, 0, 1], "malformed.count"),
+        (&[2, 0, 0, 1], "malformed.value"),
+        (&[2, 0, 0, 0], "malformed.value"),
+        (&[5, 0, 0xff, 0x1f, 2, 7, 7], "malformed.value"),
+        (&[4, 0, 0x80, 0x20, 1, 7], "malformed.value"),
+        (&[5, 0, 0x80, 0x80, 0x80, 0x80, 0x80], "malformed.value"),
+    ] {
+        assert_eq!(with(1, &of_page_1(body)), code, "{body:?}");
+    }
+    let longest = 2 + PAGE_BYTES / 2;
+    let mut long = vec![0; longest + 1];
+    long[..2].copy_from_slice(&u16::try_from(longest - 1).unwrap().to_le_bytes());
+    assert_eq!(with(1, &of_page_1(&long)), "malformed.count", "longer than any patch");
 }
 
 #[test]
@@ -275,15 +336,15 @@ fn row_10_versions_and_types() {
     assert_eq!(with(0, &[3]), "malformed.value");
     assert_eq!(with(1, &[1]), "malformed.reserved");
     // A feature that is required and not known here, and one that is required and not offered.
-    assert_eq!(with(8, &[[3u64, 2].map(u64::to_le_bytes).concat()].concat()), "incompatible.features");
-    assert_eq!(with(8, &[[1u64, 2].map(u64::to_le_bytes).concat()].concat()), "malformed.value");
+    assert_eq!(with(8, &[[5u64, 4].map(u64::to_le_bytes).concat()].concat()), "incompatible.features");
+    assert_eq!(with(8, &[[1u64, 4].map(u64::to_le_bytes).concat()].concat()), "malformed.value");
     // An ability that is only offered is no reason to refuse, nor are newer versions beside ours.
     let mut payload = hello_payload();
     payload[6] = 9;
     payload[8] = 0xFF;
     let mut backup = Backup::new(receiver_config());
     assert_eq!(backup.feed(&Forge::primary().frame(HELLO, 0, &payload), usize::MAX), Ok(()));
-    assert_eq!(&backup.answers()[80..96], &accept_payload(1, 1, "b")[..16]);
+    assert_eq!(&backup.answers()[80..96], &accept_payload(1, 3, "b")[..16]);
     // Messages of the other direction and of the other channel.
     for (message, payload) in [(HEARTBEAT, vec![0; 24]), (ACK, vec![]), (REFUSE, vec![0; 8]), (HELLO, hello_payload())]
     {

@@ -5,10 +5,11 @@ use core::time::Duration;
 use std::path::PathBuf;
 
 use replication_proto::{
-    CheckpointKind, Epoch, EpochDigest, GoodbyeReason, HeartbeatBody, PageIndex, Pulse, PulseEvent, RefuseCode,
+    CheckpointKind, Epoch, EpochDigest, GoodbyeReason, HeartbeatBody, PageIndex, Pulse, PulseEvent, RefuseCode, Sender,
+    SenderConfig,
 };
 
-use crate::support::{self, Backup, Forge, backup, drain, primary, receiver_config, session};
+use crate::support::{self, Backup, Forge, backup, drain, primary, receiver_config, sender_config, session};
 
 fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..")
@@ -35,6 +36,35 @@ fn golden_session_is_said_and_understood_as_ever() {
     let session = session(false);
     assert_golden("session-to-backup", &session.to_backup);
     assert_golden("session-to-primary", &session.to_primary);
+}
+
+/// Patches: what is said and what it means must not change.
+#[test]
+fn golden_patches_are_said_and_understood_as_ever() {
+    let mut sender = Sender::new(SenderConfig { patches: true, ..sender_config(false) });
+    let mut backup = Backup::new(receiver_config());
+    let all = support::all_pages(&support::ram());
+    let mut memory: Vec<u8> = (1..).take(all.len()).flat_map(support::page).collect();
+    let mut said = drain(|| sender.poll_transmit());
+    backup.feed(&said, usize::MAX).unwrap();
+    sender.handle_bytes(&backup.answers()).unwrap();
+    for epoch in 7..=9 {
+        sender.begin(Epoch(epoch), if epoch == 7 { CheckpointKind::Base } else { CheckpointKind::Delta }).unwrap();
+        let fill = u8::try_from(epoch).unwrap();
+        memory[10..20].fill(fill);
+        memory[2 * 4096..3 * 4096].copy_from_slice(&support::page(fill));
+        memory[4096 + usize::from(fill)] = fill;
+        sender.pages(&all, &memory).unwrap();
+        sender.end(false).unwrap();
+        let more = drain(|| sender.poll_transmit());
+        backup.feed(&more, usize::MAX).unwrap();
+        sender.handle_bytes(&backup.answers()).unwrap();
+        said.extend(more);
+    }
+    assert_golden("session-patches-to-backup", &said);
+    let mut understood = Backup::new(receiver_config());
+    understood.feed(&golden("session-patches-to-backup", &said), usize::MAX).unwrap();
+    assert!(understood.memory == memory && understood.last_committed() == Some(Epoch(9)));
 }
 
 /// What zstd makes of bytes may change with its version; that old bytes are understood may not.
@@ -132,6 +162,8 @@ fn protocol_page_is_of_these_sources() {
         "src/wire/header.rs",
         "src/wire/messages.rs",
         "src/wire/pages.rs",
+        "src/wire/patch.rs",
+        "src/history.rs",
         "src/wire/zstd.rs",
     ];
     let mut hash = xxhash_rust::xxh3::Xxh3::new();

@@ -338,14 +338,69 @@ fn pair_that_does_not_fit_says_so_on_both_sides() {
     }
 }
 
+/// What becomes of a page.
+#[derive(Debug, Clone, Copy)]
+enum Change {
+    Zeros,
+    Whole(u8),
+    /// These, somewhere.
+    Bytes([u8; 3]),
+}
+
+impl Change {
+    fn make(self, page: &mut [u8]) {
+        match self {
+            Self::Zeros => page.fill(0),
+            Self::Whole(fill) => page.copy_from_slice(&support::page(fill)),
+            Self::Bytes(bytes) => {
+                bytes.iter().enumerate().for_each(|(n, byte)| page[usize::from(*byte) * 16 + n] = *byte)
+            }
+        }
+    }
+}
+
+/// What both sides have sent before costs only what changed; a connection begins without copies.
+#[test]
+fn pages_that_changed_a_little_are_patched() {
+    let mut wire = Vec::new();
+    for patches in [false, true] {
+        let mut sender = Sender::new(replication_proto::SenderConfig { patches, ..sender_config(false) });
+        let mut backup = Backup::new(receiver_config());
+        backup.feed(&drain(|| sender.poll_transmit()), usize::MAX).unwrap();
+        sender.handle_bytes(&backup.answers()).unwrap();
+        let all = support::all_pages(&support::ram());
+        let mut memory = vec![7; all.len() * PAGE_BYTES];
+        let mut bytes = Vec::new();
+        for epoch in 1..=4 {
+            sender.begin(Epoch(epoch), if epoch == 1 { CheckpointKind::Base } else { CheckpointKind::Delta }).unwrap();
+            memory.chunks_exact_mut(PAGE_BYTES).for_each(|page| page[100..164].fill(u8::try_from(epoch).unwrap()));
+            sender.pages(&all, &memory).unwrap();
+            sender.end(false).unwrap();
+            let said = drain(|| sender.poll_transmit());
+            bytes.push(said.len());
+            backup.feed(&said, usize::MAX).unwrap();
+            assert!(backup.memory == memory);
+            sender.handle_bytes(&backup.answers()).unwrap();
+        }
+        wire.push(bytes);
+    }
+    let whole = support::all_pages(&support::ram()).len() * PAGE_BYTES;
+    assert!(wire[0].iter().all(|bytes| *bytes > whole), "{wire:?}");
+    assert!(wire[1][..2].iter().all(|bytes| *bytes > whole), "nothing is known before the first delta: {wire:?}");
+    assert!(wire[1][2..].iter().all(|bytes| *bytes < whole / 10), "{wire:?}");
+}
+
 #[derive(Debug, Clone)]
 struct Step {
-    pages: Vec<(u8, u8)>,
+    pages: Vec<(u8, Change)>,
     sections: Vec<(u16, Vec<u8>)>,
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
-    let page = (0..200u8, prop_oneof![Just(0), any::<u8>()]);
+    let page = (
+        0..200u8,
+        prop_oneof![Just(Change::Zeros), any::<u8>().prop_map(Change::Whole), any::<[u8; 3]>().prop_map(Change::Bytes)],
+    );
     let section = (any::<u16>(), proptest::collection::vec(any::<u8>(), 0..6000));
     let step = (proptest::collection::vec(page, 0..150), proptest::collection::vec(section, 0..4));
     proptest::collection::vec(step.prop_map(|(pages, sections)| Step { pages, sections }), 1..5)
@@ -356,13 +411,13 @@ proptest! {
 
     /// Whatever is sent, however it is split: memory and sections of both sides are equal after each commit.
     #[test]
-    fn pair_round_trip(steps in steps(), compress: bool, shared: bool, piece in 1..50_000usize) {
+    fn pair_round_trip(steps in steps(), compress: bool, patches: bool, shared: bool, piece in 1..50_000usize) {
         let ram = RamLayout::new(vec![
             PageRange { first: PageIndex(0), pages: 90 },
             PageRange { first: PageIndex(1 << 20), pages: 110 },
         ]).unwrap();
         let mut memory: Vec<u8> = (0..200).flat_map(|n| if n % 3 == 0 { vec![0; PAGE_BYTES] } else { support::page(n) }).collect();
-        let mut sender = Sender::new(replication_proto::SenderConfig { ram: ram.clone(), ..sender_config(compress) });
+        let mut sender = Sender::new(replication_proto::SenderConfig { ram: ram.clone(), patches, ..sender_config(compress) });
         let mut backup = Backup::new(replication_proto::ReceiverConfig { ram: ram.clone(), ..receiver_config() });
         let indexes = support::all_pages(&ram);
         backup.feed(&drain(|| sender.poll_transmit()), piece).unwrap();
@@ -379,17 +434,17 @@ proptest! {
                 send(&mut sender, &indexes, memory.clone());
             }
             // A base repeats pages; a delta has each once.
-            let mut changed: Vec<(u8, u8)> = step.pages.clone();
+            let mut changed: Vec<(u8, Change)> = step.pages.clone();
             if n > 0 {
                 let mut seen = std::collections::BTreeSet::new();
                 changed.retain(|(page, _)| seen.insert(*page));
             }
             let mut bytes = Vec::new();
-            for (page, fill) in &changed {
-                let content = if *fill == 0 { vec![0; PAGE_BYTES] } else { support::page(*fill) };
+            for (page, change) in &changed {
                 let at = usize::from(*page) * PAGE_BYTES;
-                memory[at..at + PAGE_BYTES].copy_from_slice(&content);
-                bytes.extend(content);
+                let page = &mut memory[at..at + PAGE_BYTES];
+                change.make(page);
+                bytes.extend_from_slice(page);
             }
             let numbers: Vec<PageIndex> = changed.iter().map(|(page, _)| indexes[usize::from(*page)]).collect();
             send(&mut sender, &numbers, bytes);

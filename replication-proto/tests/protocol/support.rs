@@ -62,6 +62,7 @@ pub(crate) fn sender_config(compress: bool) -> SenderConfig {
         facts: facts(),
         max_in_flight: 4,
         compress_base: compress,
+        patches: false,
     }
 }
 

@@ -169,6 +169,7 @@ impl OwnerPart {
             facts: facts(&self.machine),
             max_in_flight: EPOCHS_IN_FLIGHT + 1,
             compress_base: true,
+            patches: true,
         };
         let stream = Stream::new(config, base.gate.clone(), base.metrics.clone());
         self.link = Some(Link {
