@@ -162,7 +162,8 @@ fn corpus_seeds_are_those_of_the_generator() {
     texts_as_seeds(&mut seeds);
     etcd_as_seeds(&mut seeds);
     clients_as_seeds(&mut seeds);
-    for target in ["pages", "receiver_session", "sender_session", "pulse_session", "standby", "model_frames"] {
+    for target in ["pages", "patches", "receiver_session", "sender_session", "pulse_session", "standby", "model_frames"]
+    {
         for n in 0..8u64 {
             let length = 64 << (n % 6);
             seeds.insert(format!("{target}/noise-{n}"), noise(n + 1, length));

@@ -13,6 +13,7 @@ mod support;
 
 mod frames;
 mod guest;
+mod patches;
 mod sender;
 mod session;
 mod standby;
@@ -20,6 +21,7 @@ mod text;
 
 pub use frames::{header, message, pages};
 pub use guest::{model_frames, resp};
+pub use patches::patches;
 pub use sender::{pulse_session, sender_session};
 pub use session::receiver_session;
 pub use standby::standby;
@@ -29,10 +31,11 @@ pub use text::{config, control, etcd_reply, generation, record};
 pub type Body = fn(&[u8]);
 
 /// All targets by name: the name of the program in `tests/fuzz`, of its folder in `tests/corpus` and in `tests/corpus/regressions`.
-pub const TARGETS: [(&str, Body); 14] = [
+pub const TARGETS: [(&str, Body); 15] = [
     ("header", header),
     ("message", message),
     ("pages", pages),
+    ("patches", patches),
     ("receiver_session", receiver_session),
     ("sender_session", sender_session),
     ("pulse_session", pulse_session),
