@@ -22,6 +22,8 @@ static ZEROS: [u8; MAX_PAGES_PER_MESSAGE * PAGE_BYTES] = [0; MAX_PAGES_PER_MESSA
 pub(crate) enum RunKind {
     /// As a whole.
     Data,
+    /// As a whole, and both sides keep a copy.
+    Kept,
     /// All zeros: no bytes.
     Zero,
     /// As patches of the copies that both sides have: of each its length, in 2 bytes, and the patch.
@@ -34,6 +36,7 @@ impl RunKind {
             Self::Data => 0,
             Self::Zero => 1,
             Self::Patch => 2,
+            Self::Kept => 3,
         }
     }
 
@@ -42,6 +45,7 @@ impl RunKind {
             0 => Ok(Self::Data),
             1 => Ok(Self::Zero),
             2 => Ok(Self::Patch),
+            3 => Ok(Self::Kept),
             _ => Err(Malformed::Value { field: "run kind" }),
         }
     }
@@ -82,7 +86,7 @@ impl Plan {
             let before = patches.len();
             let kind = match &mut history {
                 _ if is_zero(page) => RunKind::Zero,
-                Some(history) => remember(history, *index, page, &mut patches),
+                Some(history) => against(history, *index, page, &mut patches),
                 None => RunKind::Data,
             };
             let grown = patches.len() - before;
@@ -110,7 +114,7 @@ impl Plan {
         out.put_u8(0);
         out.put_u16_le(narrow16(self.runs.len()));
         out.put_u32_le(narrow32(self.runs.iter().map(|run| run.pages).sum()));
-        out.put_u32_le(narrow32(pages_of(&self.runs, RunKind::Data) * PAGE_BYTES + self.patches.len()));
+        out.put_u32_le(narrow32(whole_pages_of(&self.runs) * PAGE_BYTES + self.patches.len()));
         out.put_bytes(0, 4);
         for run in &self.runs {
             out.put_u64_le(run.first.0);
@@ -132,8 +136,8 @@ impl Plan {
             let end = at + run.pages * PAGE_BYTES;
             match (run.kind, parts.last_mut()) {
                 (RunKind::Zero, _) => {}
-                (RunKind::Data, Some(Part::Pages(range))) if range.end == at => range.end = end,
-                (RunKind::Data, _) => parts.push(Part::Pages(at..end)),
+                (RunKind::Data | RunKind::Kept, Some(Part::Pages(range))) if range.end == at => range.end = end,
+                (RunKind::Data | RunKind::Kept, _) => parts.push(Part::Pages(at..end)),
                 (RunKind::Patch, _) => {
                     let bytes = *patch_bytes.next().expect("a length for each run of patches");
                     parts.push(Part::Patches(patches.split_to(bytes)));
@@ -145,8 +149,8 @@ impl Plan {
     }
 }
 
-/// A patch of the page, if both sides have a copy and it is short. Both then hold the new content.
-fn remember(history: &mut PageHistory, index: PageIndex, page: &[u8], patches: &mut Vec<u8>) -> RunKind {
+/// How a page is best sent: as a patch, if both sides have a copy and not much changed. Both then hold the new content.
+fn against(history: &mut PageHistory, index: PageIndex, page: &[u8], patches: &mut Vec<u8>) -> RunKind {
     if let Some(copy) = history.copy_of(index) {
         let start = patches.len();
         patches.extend_from_slice(&[0; 2]);
@@ -154,12 +158,17 @@ fn remember(history: &mut PageHistory, index: PageIndex, page: &[u8], patches: &
             let bytes = patches.len() - start - 2;
             patches[start..start + 2].copy_from_slice(&narrow16(bytes).to_le_bytes());
             patch::apply(copy, &patches[start + 2..]).expect("our own patch");
+            history.paid(index);
             return RunKind::Patch;
         }
         patches.truncate(start);
     }
-    history.keep(index, page);
-    RunKind::Data
+    if history.is_worth_keeping(index) {
+        history.keep(index, page);
+        RunKind::Kept
+    } else {
+        RunKind::Data
+    }
 }
 
 /// Almost every page that is not zero says so in its first bytes.
@@ -169,6 +178,10 @@ fn is_zero(page: &[u8]) -> bool {
 
 fn pages_of(runs: &[Run], kind: RunKind) -> usize {
     runs.iter().filter(|run| run.kind == kind).map(|run| run.pages).sum()
+}
+
+fn whole_pages_of(runs: &[Run]) -> usize {
+    pages_of(runs, RunKind::Data) + pages_of(runs, RunKind::Kept)
 }
 
 /// One message's pages, decoded.
@@ -196,8 +209,8 @@ pub(crate) fn pages(
         return Err(Malformed::Count { field: "pages" }.into());
     }
     let runs = read_runs(&mut reader, run_count, page_count)?;
-    let (data_pages, patched) = (pages_of(&runs, RunKind::Data), pages_of(&runs, RunKind::Patch));
-    let least = data_pages * PAGE_BYTES + patched * 2;
+    let patched = pages_of(&runs, RunKind::Patch);
+    let least = whole_pages_of(&runs) * PAGE_BYTES + patched * 2;
     if data_bytes < least || data_bytes > least + patched * MAX_PATCH_BYTES {
         return Err(Malformed::Count { field: "page bytes" }.into());
     }
@@ -236,12 +249,15 @@ fn whole_pages(
     data: Bytes,
     mut history: Option<&mut PageHistory>,
 ) -> Result<Bytes, LinkError> {
-    let kinds = |kind| runs.iter().all(|run| run.kind == kind);
-    if kinds(RunKind::Zero) {
+    let only = |kinds: &[RunKind]| runs.iter().all(|run| kinds.contains(&run.kind));
+    if only(&[RunKind::Zero]) {
         return Ok(Bytes::from_static(&ZEROS[..page_count * PAGE_BYTES]));
     }
-    if kinds(RunKind::Data) {
-        runs.iter().fold(&data[..], |rest, run| keep(history.as_deref_mut(), run, rest));
+    if only(&[RunKind::Data, RunKind::Kept]) {
+        let mut rest = &data[..];
+        for run in runs {
+            rest = whole(run, rest, history.as_deref_mut())?.1;
+        }
         return Ok(data);
     }
     let mut out = BytesMut::with_capacity(page_count * PAGE_BYTES);
@@ -249,10 +265,10 @@ fn whole_pages(
     for run in runs {
         match run.kind {
             RunKind::Zero => out.put_bytes(0, run.pages * PAGE_BYTES),
-            RunKind::Data => {
-                let bytes = rest.get(..run.pages * PAGE_BYTES).ok_or(Malformed::Count { field: "page bytes" })?;
-                out.put_slice(bytes);
-                rest = keep(history.as_deref_mut(), run, rest);
+            RunKind::Data | RunKind::Kept => {
+                let (pages, behind) = whole(run, rest, history.as_deref_mut())?;
+                out.put_slice(pages);
+                rest = behind;
             }
             RunKind::Patch => {
                 let history = history.as_deref_mut().ok_or(Misbehaved::NotNegotiated)?;
@@ -263,14 +279,16 @@ fn whole_pages(
     if rest.is_empty() { Ok(out.freeze()) } else { Err(Malformed::Count { field: "page bytes" }.into()) }
 }
 
-/// The run's pages, which are in front of `data`, enter the history. Returns what is behind them.
-fn keep<'a>(history: Option<&mut PageHistory>, run: &Run, data: &'a [u8]) -> &'a [u8] {
-    let (pages, rest) = data.split_at(run.pages * PAGE_BYTES);
-    if let Some(history) = history {
+/// The run's pages, which are in front of `data` and are kept if the run says so, and what is behind them.
+fn whole<'a>(run: &Run, data: &'a [u8], history: Option<&mut PageHistory>) -> Result<(&'a [u8], &'a [u8]), LinkError> {
+    let bytes = run.pages * PAGE_BYTES;
+    let (pages, rest) = data.split_at_checked(bytes).ok_or(Malformed::Count { field: "page bytes" })?;
+    if run.kind == RunKind::Kept {
+        let history = history.ok_or(Misbehaved::NotNegotiated)?;
         let indexes = (run.first.0..).map(PageIndex);
         indexes.zip(pages.chunks_exact(PAGE_BYTES)).for_each(|(index, page)| history.keep(index, page));
     }
-    rest
+    Ok((pages, rest))
 }
 
 /// Patches the run's pages and appends them to `out`. Returns what is behind the patches.

@@ -59,25 +59,33 @@ fn words(page: &[u8]) -> impl Iterator<Item = u64> {
 
 /// The first byte from `from` on that differs.
 fn next_change(old: &[u8], new: &[u8], from: usize) -> Option<usize> {
-    let aligned = from.next_multiple_of(WORD).min(PAGE_BYTES);
-    if let Some(near) = (from..aligned).find(|at| old[*at] != new[*at]) {
-        return Some(near);
+    let (old, new) = (&old[from..], &new[from..]);
+    let differing = words(old).zip(words(new)).map(|(old, new)| old ^ new).enumerate().find(|(_, bits)| *bits != 0);
+    if let Some((word, bits)) = differing {
+        return Some(from + word * WORD + bits.trailing_zeros() as usize / 8);
     }
-    let (word, bits) = words(&old[aligned..])
-        .zip(words(&new[aligned..]))
-        .map(|(old, new)| old ^ new)
-        .enumerate()
-        .find(|(_, bits)| *bits != 0)?;
-    Some(aligned + word * WORD + bits.trailing_zeros() as usize / 8)
+    let tail = old.len() - old.len() % WORD;
+    (tail..old.len()).find(|at| old[*at] != new[*at]).map(|at| from + at)
 }
 
 /// Behind the last byte of the run that begins with the change at `first`.
 fn run_end(old: &[u8], new: &[u8], first: usize) -> usize {
     let mut end = first + 1;
-    while let Some(more) = (end..PAGE_BYTES.min(end + GAP)).find(|at| old[*at] != new[*at]) {
-        end = more + 1;
+    loop {
+        let new_altogether = |(old, new): &(u64, u64)| !has_zero_byte(old ^ new);
+        end += words(&old[end..]).zip(words(&new[end..])).take_while(new_altogether).count() * WORD;
+        match (end..PAGE_BYTES.min(end + GAP)).find(|at| old[*at] != new[*at]) {
+            Some(more) => end = more + 1,
+            None => return end,
+        }
     }
-    end
+}
+
+/// See *Hacker's Delight*, 6-1.
+fn has_zero_byte(word: u64) -> bool {
+    const LOW: u64 = u64::from_ne_bytes([0x01; 8]);
+    const HIGH: u64 = u64::from_ne_bytes([0x80; 8]);
+    word.wrapping_sub(LOW) & !word & HIGH != 0
 }
 
 fn put_count(out: &mut Vec<u8>, count: usize) {

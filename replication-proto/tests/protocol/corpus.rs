@@ -98,7 +98,7 @@ fn row_05_counts_and_addresses_that_overflow() {
     assert_eq!(count(&[(u64::MAX, 1, 1)], 1), "malformed.value");
     assert_eq!(count(&[(u64::MAX / 4096, 2, 1)], 2), "malformed.value");
     assert_eq!(count(&[((1 << 40) - 1, 2, 1)], 2), "malformed.value");
-    assert_eq!(count(&[(0, 1, 3)], 1), "malformed.value");
+    assert_eq!(count(&[(0, 1, 4)], 1), "malformed.value");
     // More runs than there are bytes for.
     let mut payload = pages_payload(0, &[(0, 1, 1)], 2, 0, &[]);
     payload[2] = 2;
@@ -115,6 +115,8 @@ fn row_05_patches_that_say_too_much() {
         pages_payload(0, &[(0, 1, 2)], 1, length, body)
     };
     assert_eq!(refused_in_epoch(PAGES, &patch(&[0, 0])), "misbehaved.not_negotiated");
+    let kept = pages_payload(0, &[(0, 1, 3)], 1, 4096, &page(5));
+    assert_eq!(refused_in_epoch(PAGES, &kept), "misbehaved.not_negotiated");
 
     let opening = |forge: &mut Forge, kind: u8| {
         let mut hello = hello_payload();
@@ -140,12 +142,15 @@ fn row_05_patches_that_say_too_much() {
         assert_eq!(backup.committed.len(), usize::from(kind));
         error.code()
     };
-    let page_1 = pages_payload(0, &[(1, 1, 0)], 1, 4096, &page(5));
+    let page_1 = pages_payload(0, &[(1, 1, 3)], 1, 4096, &page(5));
+    let unkept = vec![pages_payload(0, &[(1, 1, 0), (0, 1, 2)], 2, 4098, &[&page(5)[..], &[0, 0]].concat())];
+    assert_eq!(with(1, &unkept), "misbehaved.patch_of_nothing");
     let of_page_1 = |body: &[u8]| {
         let length = u32::try_from(body.len()).unwrap();
         vec![page_1.clone(), pages_payload(0, &[(1, 1, 2)], 1, length, body)]
     };
     assert_eq!(with(0, &[patch(&[0, 0])]), "misbehaved.not_negotiated", "there are none in a base");
+    assert_eq!(with(0, &[kept]), "misbehaved.not_negotiated");
     assert_eq!(with(1, &[patch(&[0, 0])]), "misbehaved.patch_of_nothing", "a base leaves no copies");
     assert_eq!(with(1, &of_page_1(&[0, 0])), "misbehaved.page_twice");
     for (body, code) in [

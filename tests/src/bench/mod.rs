@@ -7,6 +7,7 @@
 //! * [`latency`], [`throughput`]: what clients notice, unprotected, with fixed epochs and with such as follow the work
 //! * [`epochs`]: what many checkpoints a second cost the guest
 //! * [`base`]: what the copying of a base costs it
+//! * [`wire`]: what checkpoints cost on the wire, by what changed
 //! * [`pairs`]: real pairs for these, [`processors`]: who runs where, and for how long
 //! * [`figures`]: distributions of what was measured
 
@@ -21,6 +22,7 @@ pub mod pause;
 pub mod processors;
 pub mod subject;
 pub mod throughput;
+pub mod wire;
 
 /// What a benchmark could not do. One line for people.
 #[derive(Debug, thiserror::Error)]

@@ -9,7 +9,7 @@ use clap::{Args, Parser, Subcommand};
 use serde::Serialize;
 use tests::bench::epochs::Case;
 use tests::bench::pairs::Mode;
-use tests::bench::{base, disk, epochs, latency, pause, throughput};
+use tests::bench::{base, disk, epochs, latency, pause, throughput, wire};
 use tests::machine::demo_guest;
 use tests::real::MachineKind;
 use tests::real::artifacts::Artifacts;
@@ -93,6 +93,18 @@ enum What {
         #[arg(long, default_value_t = 90_000, value_parser = clap::value_parser!(u32).range(1..))]
         filled_pages: u32,
     },
+    /// What checkpoints cost on the wire and in processor time, by what changed in their pages. Needs no KVM.
+    Wire {
+        /// Pages in each checkpoint.
+        #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=16_384))]
+        pages: u32,
+        /// Checkpoints in each run.
+        #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+        epochs: u32,
+        /// Runs of each line.
+        #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
+        rounds: u32,
+    },
     /// What a disk does with and without a backup, in turn on one real pair in namespaces. Needs root.
     Disk {
         /// Runs of each load in each mode.
@@ -146,10 +158,14 @@ fn main() -> ExitCode {
 }
 
 fn measure(Cli { what, json }: Cli) -> anyhow::Result<()> {
+    let progress = |line: &str| eprintln!("{line}");
+    if let What::Wire { pages, epochs, rounds } = what {
+        let report = wire::run(&wire::Plan { pages, epochs, rounds }, progress)?;
+        return tell(&report.table(), &report, json);
+    }
     // Before anything is built: nothing is measured without it.
     let kvm = Path::new("/dev/kvm");
     std::fs::File::options().read(true).write(true).open(kvm).context("no KVM on this host: /dev/kvm")?;
-    let progress = |line: &str| eprintln!("{line}");
     let built = || Artifacts::build(MachineKind::Kvm, progress);
     let span = Duration::from_secs;
     match what {
@@ -181,6 +197,7 @@ fn measure(Cli { what, json }: Cli) -> anyhow::Result<()> {
             let report = base::run(&plan, &built()?, progress)?;
             tell(&report.table(), &report, json)
         }
+        What::Wire { .. } => unreachable!("measured above"),
         What::Disk { runs, seconds, disk, epoch, only } => {
             let plan = disk::Plan { runs, seconds, disk_bytes: disk, epoch, only };
             let report = disk::run(&plan, progress)?;

@@ -45,7 +45,7 @@ fn deltas(input: &mut Unstructured<'_>) -> arbitrary::Result<u64> {
             runs.push((ALL[at], 1, kind));
             body.extend(sent);
             if let Some(page) = &page
-                && kind != 1
+                && kind >= 2
             {
                 copies[at] = Some(page.clone());
             }
@@ -83,7 +83,7 @@ fn page(input: &mut Unstructured<'_>, copy: Option<&[u8]>) -> arbitrary::Result<
         0 => Ok((1, Vec::new(), Some(vec![0; PAGE_BYTES]))),
         kind if kind == 1 || (kind < 4 && copy.is_none()) => {
             let page = support::page(input.arbitrary()?);
-            Ok((0, page.clone(), Some(page)))
+            Ok((*input.choose(&[0, 3, 3, 3])?, page.clone(), Some(page)))
         }
         _ if copy.is_none() && input.ratio(7, 8)? => Ok((1, Vec::new(), Some(vec![0; PAGE_BYTES]))),
         _ => {
