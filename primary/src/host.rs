@@ -176,7 +176,7 @@ impl Host {
             // One more than the runner lets be on its way, because the base counts too.
             max_in_flight: EPOCHS_IN_FLIGHT + 1,
             compress_base: true,
-            patches: true,
+            patches: self.config.link.patches,
         }
     }
 

@@ -305,11 +305,13 @@ pub enum ArbiterSection {
 }
 
 /// `[link]`
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct LinkSection {
     /// Accept an unauthenticated, unencrypted replication link that is not loopback.
     pub insecure_lab: bool,
+    /// Send what changed in a page since its last copy, where that is less. Costs each side a copy of the pages that change often, 64 MiB at most.
+    pub patches: bool,
 }
 
 /// Where the guest's console goes.
@@ -413,7 +415,7 @@ pub struct PairConfig {
 }
 
 mod defaults {
-    use super::{Duration, LimitsSection, Percent, ProtectSection, TimersSection};
+    use super::{Duration, LimitsSection, LinkSection, Percent, ProtectSection, TimersSection};
 
     pub(super) fn vcpus() -> u8 {
         1
@@ -432,6 +434,12 @@ mod defaults {
                 protect_retry: Duration::from_secs(1),
                 arbiter_probe: Duration::from_secs(1),
             }
+        }
+    }
+
+    impl Default for LinkSection {
+        fn default() -> Self {
+            Self { insecure_lab: false, patches: true }
         }
     }
 
