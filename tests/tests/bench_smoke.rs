@@ -71,3 +71,26 @@ fn disk_is_measured_with_and_without_a_backup() {
         Ok(())
     });
 }
+
+/// Bytes do not depend on the host: these are the figures that are asked for.
+#[test]
+fn wire_bytes_are_in_proportion_to_what_changed() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let json = dir.path().join("wire.json");
+    let output = Command::new(env!("CARGO_BIN_EXE_ftbench"))
+        .args(["wire", "--pages", "1000", "--epochs", "4", "--rounds", "1", "--json"])
+        .arg(&json)
+        .output()
+        .expect("it starts");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let report: Value = serde_json::from_slice(&std::fs::read(&json).expect("a file")).expect("JSON");
+    assert_eq!(report["schema"], "ft.bench.wire/1");
+    let ratio = |change: &str, patches: bool| {
+        let lines = report["lines"].as_array().expect("lines").iter();
+        let found = lines.filter(|line| line["change"] == change && line["patches"] == patches);
+        found.map(|line| line["wire_ratio"].as_f64().expect("a number")).next().expect("this line")
+    };
+    assert!(ratio("line", true) <= 0.1 && ratio("scattered", true) <= 0.1, "{report}");
+    assert!(ratio("whole", true) <= 1.02 && ratio("whole", false) <= 1.02, "{report}");
+    assert!(ratio("line", false) > 0.99, "{report}");
+}

@@ -98,6 +98,8 @@ pub struct Line {
 /// The result.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
+    /// Name and version of this document.
+    pub schema: &'static str,
     /// The host.
     pub host: String,
     /// Pages in each checkpoint.
@@ -157,7 +159,7 @@ pub fn run(plan: &Plan, progress: impl Fn(&str)) -> Result<Report, BenchError> {
         cpu_us_per_page: median(runs.iter().map(|run| run.cpu_us_per_page).collect()),
         commit_us: Spread::of_runs(runs.iter().map(|run| run.commit_us)),
     });
-    Ok(Report { host: host_description(), pages: plan.pages, lines: lines.collect() })
+    Ok(Report { schema: "ft.bench.wire/1", host: host_description(), pages: plan.pages, lines: lines.collect() })
 }
 
 #[derive(Clone)]
