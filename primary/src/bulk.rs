@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use failover::failpoint;
 use replication_proto::mutant::{self, Mutant};
 use replication_proto::{Comparable, Epoch, PieceHashes, PiecesWanted, Standing, piece_hash};
+use vmm::Tracking;
 use vmm::machine::DirtyError;
 use vmm::{Machine, PAGE_SIZE, PageNo};
 
@@ -61,8 +62,8 @@ impl BaseCopy {
     ///
     /// # Errors
     /// The dirty log cannot be switched on.
-    pub fn begin(machine: &mut dyn Machine, warm: bool) -> Result<Self, DirtyError> {
-        machine.track_dirty(true)?;
+    pub fn begin(machine: &mut dyn Machine, tracking: Tracking, warm: bool) -> Result<Self, DirtyError> {
+        machine.track_dirty(tracking)?;
         let mut waiting: Vec<_> = machine.ram().pages().collect();
         waiting.reverse();
         Ok(Self { waiting, wanted: Vec::new(), unanswered: 0, asks: warm, rounds: 0, few: false })
@@ -205,7 +206,7 @@ pub fn send_base(
     let mut session = Session { parts, link, interrupted };
     // Disks first: memory changes faster, so its last round shall be short.
     session.send_disks(&mut disks, None, false)?;
-    let mut memory = BaseCopy::begin(machine, standing.warm_memory)?;
+    let mut memory = BaseCopy::begin(machine, parts.tracking, standing.warm_memory)?;
     session.send_memory(machine, &mut memory, &mut disks)?;
     session.send_disks(&mut disks, Some(&mut memory), true)?;
     parts.disks.cover(epoch);

@@ -7,7 +7,7 @@ use failover::failpoint;
 use replication_proto::{DiskChanges, Epoch};
 use vmm::machine::{CaptureError, DirtyError, Machine, PauseError, RunError};
 use vmm::memory::NotRam;
-use vmm::{DirtySet, PauseTimings, PausedVm, Section};
+use vmm::{DirtySet, PauseTimings, PausedVm, Section, Tracking};
 
 use crate::disk::{DiskFailure, OwnerDisks};
 use crate::link::Link;
@@ -48,6 +48,8 @@ pub struct EpochParts {
     pub metrics: Arc<Metrics>,
     /// Whether each checkpoint carries a digest of all of RAM.
     pub ram_digest: bool,
+    /// What is done about pages that are written in most epochs.
+    pub tracking: Tracking,
     /// Most of its time that a base is copied in: a share.
     pub base_share: f64,
     /// The comparison of both sides that is under way, if any.

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
+use vmm::Tracking;
 
 use crossbeam::channel::Receiver;
 use failover::arbiter::{ArbiterThread, Completed, NodeRef};
@@ -134,6 +135,7 @@ impl Host {
             mirror: Arc::clone(&self.mirror),
             metrics: Arc::clone(&self.metrics),
             ram_digest: self.config.epoch.ram_digest,
+            tracking: if self.config.epoch.hot_pages { Tracking::HotPages } else { Tracking::Plain },
             base_share: self.config.protect.base_share.share(),
             verifier: Arc::clone(&self.verifier),
             disks: Arc::clone(&self.disks.owner),

@@ -11,6 +11,7 @@ use crossbeam::channel::{Receiver, Sender, TryRecvError, bounded, select, unboun
 use failover::config::EpochPace;
 use failover::{RunPermit, failpoint};
 use replication_proto::{Epoch, Standing};
+use vmm::Tracking;
 use vmm::machine::{DirtyError, PauseError, RunError};
 use vmm::{Machine, PausedVm};
 
@@ -260,7 +261,7 @@ impl RunnerThread {
             Err(error) => self.failed(link, error),
         };
         self.parts.disks.end_log();
-        if let Err(DirtyError { call, source }) = self.machine.track_dirty(false) {
+        if let Err(DirtyError { call, source }) = self.machine.track_dirty(Tracking::Off) {
             log::warn!("the dirty log stays on: {call}: {source}");
         }
         next

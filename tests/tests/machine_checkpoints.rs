@@ -13,6 +13,7 @@ use tests::machine::client::Counter;
 use tests::machine::shadow::Shadow;
 use tests::machine::{Recorder, build, demo_config, demo_guest, no_kvm};
 use tests::real::rng::Rng;
+use vmm::Tracking;
 use vmm::{ClockPolicy, KvmMachine, Machine, MachineConfig, PausedVm, SocketPort};
 
 const DEFAULT_CHECKPOINTS: u64 = 5_000;
@@ -45,8 +46,11 @@ struct Run {
     port: Arc<SocketPort>,
     machine: KvmMachine,
     shadow: Shadow,
+    tracking: Tracking,
     mismatches: u64,
     pages: u64,
+    /// Pages of sets that were not changed.
+    unchanged: u64,
     times: [Times; 6],
     activations: Times,
 }
@@ -59,7 +63,7 @@ impl Run {
         let dirty = paused.take_dirty().expect("the log can be read");
         self.pages += u64::try_from(dirty.len()).expect("a count of pages");
         let began = Instant::now();
-        self.shadow.apply(&dirty, paused.ram());
+        self.unchanged += self.shadow.apply(&dirty, paused.ram());
         let copy = began.elapsed();
         dirty.retire();
         let differing = self.shadow.differing(paused.ram());
@@ -68,13 +72,15 @@ impl Run {
             eprintln!("pages that changed and were not in the dirty set: {differing:x?}");
             self.shadow.copy_all(paused.ram());
         }
-        let again = paused.take_dirty().expect("the log can be read twice");
-        assert!(again.is_empty(), "a stopped machine wrote {:x?}", again.iter().collect::<Vec<_>>());
-        again.retire();
+        if self.tracking == Tracking::Plain {
+            let again = paused.take_dirty().expect("the log can be read twice");
+            assert!(again.is_empty(), "a stopped machine wrote {:x?}", again.iter().collect::<Vec<_>>());
+            again.retire();
+        }
         if !replace {
             let timings = paused.resume().expect("the guest resumes");
             let stop = timings.stop;
-            let parts = [stop.quiesce, stop.kick, stop.vcpu_state, timings.capture, timings.dirty / 2, copy];
+            let parts = [stop.quiesce, stop.kick, stop.vcpu_state, timings.capture, timings.dirty, copy];
             for (times, part) in self.times.iter_mut().zip(parts) {
                 times.0.push(part);
             }
@@ -86,16 +92,20 @@ impl Run {
         self.machine.shut_down();
         let began = Instant::now();
         fresh.restore(&sections, ClockPolicy::ResumeFromCheckpoint).expect("the state fits an equal machine");
-        fresh.track_dirty(true).expect("writes can be logged");
+        fresh.track_dirty(self.tracking).expect("writes can be logged");
         fresh.run().expect("a restored machine runs");
         self.activations.0.push(began.elapsed());
         self.machine = fresh;
     }
 }
 
-fn checkpoints(vcpus: u8, count: u64) {
+/// How many pages the guest writes over and over: with few of them, most are hot.
+const PAGES: [(Tracking, u32); 2] = [(Tracking::Plain, 1024), (Tracking::HotPages, 24)];
+
+fn checkpoints(vcpus: u8, count: u64, tracking: Tracking) {
     drop(env_logger::builder().is_test(true).try_init());
     let seed = from_env("FT_SEED", 1);
+    let (_, pages) = PAGES.into_iter().find(|(of, _)| *of == tracking).expect("a tracked guest");
     let (outputs, frames) = Recorder::new();
     let (guest_end, host_end) = SocketPort::pair().expect("a socket pair");
     let port = Arc::new(guest_end);
@@ -103,14 +113,26 @@ fn checkpoints(vcpus: u8, count: u64) {
     let mut machine = build(&config, &outputs, &port);
     machine.load().expect("the demo guest is bootable");
     let mut shadow = Shadow::zeroed(machine.ram());
-    machine.track_dirty(true).expect("writes can be logged");
+    machine.track_dirty(tracking).expect("writes can be logged");
     shadow.copy_all(machine.ram());
     machine.run().expect("a loaded machine runs");
 
-    let client = Counter::start(frames, Arc::new(host_end), vec!["FT.DIRTY 20000 1024".into()]);
+    let client = Counter::start(frames, Arc::new(host_end), vec![format!("FT.DIRTY 20000 {pages}")]);
     let times = Default::default();
     let activations = Times::default();
-    let mut run = Run { config, outputs, port, machine, shadow, mismatches: 0, pages: 0, times, activations };
+    let mut run = Run {
+        config,
+        outputs,
+        port,
+        machine,
+        shadow,
+        tracking,
+        mismatches: 0,
+        pages: 0,
+        unchanged: 0,
+        times,
+        activations,
+    };
     let mut rng = Rng::new(seed);
     let (mut counted, mut moved) = (0, Instant::now());
     let began = Instant::now();
@@ -147,13 +169,17 @@ fn checkpoints(vcpus: u8, count: u64) {
     }
     println!("{}", run.activations.line("activation"));
     assert_eq!(run.mismatches, 0);
+    // Devices and interrupts write the same bytes anew now and then; hot pages are named because they are hot.
+    let unchanged = run.unchanged as f64 / run.pages as f64;
+    println!("{:.1} % of the named pages were as before", unchanged * 100.0);
+    assert!(tracking == Tracking::Plain || unchanged > 0.02, "pages become hot: {unchanged}");
     assert!(answers > count / 10, "the guest served {answers} requests in {count} checkpoints");
 }
 
 #[test]
 fn checkpoints_of_one_vcpu_miss_nothing() {
     if !no_kvm("checkpoints_of_one_vcpu_miss_nothing") {
-        checkpoints(1, from_env("FT_CHECKPOINTS", DEFAULT_CHECKPOINTS));
+        checkpoints(1, from_env("FT_CHECKPOINTS", DEFAULT_CHECKPOINTS), Tracking::Plain);
     }
 }
 
@@ -161,6 +187,14 @@ fn checkpoints_of_one_vcpu_miss_nothing() {
 #[test]
 fn checkpoints_of_two_vcpus_miss_nothing() {
     if !no_kvm("checkpoints_of_two_vcpus_miss_nothing") {
-        checkpoints(2, from_env("FT_CHECKPOINTS", DEFAULT_CHECKPOINTS) / 5);
+        checkpoints(2, from_env("FT_CHECKPOINTS", DEFAULT_CHECKPOINTS) / 5, Tracking::Plain);
+    }
+}
+
+/// Pages whose bits are not cleared are in every set, and those on trial are protected again: nothing is missed, and much is named in vain.
+#[test]
+fn checkpoints_with_hot_pages_miss_nothing() {
+    if !no_kvm("checkpoints_with_hot_pages_miss_nothing") {
+        checkpoints(1, from_env("FT_CHECKPOINTS", DEFAULT_CHECKPOINTS) / 5, Tracking::HotPages);
     }
 }

@@ -11,6 +11,7 @@ use tests::machine::client::{Counter, say};
 use tests::machine::shadow::Shadow;
 use tests::machine::{Recorder, build_with_disks, demo_config, demo_guest, no_kvm};
 use tests::real::rng::Rng;
+use vmm::Tracking;
 use vmm::{
     ClockPolicy, Disk, DiskConfig, DiskImage, DiskSerial, KvmMachine, Machine, MachineConfig, PausedVm, SocketPort,
 };
@@ -46,7 +47,7 @@ fn count(config: &MachineConfig, path: &Path, checkpoints: u64) -> u64 {
     let mut machine: KvmMachine = build();
     machine.load().expect("the demo guest is bootable");
     let mut shadow = Shadow::zeroed(machine.ram());
-    machine.track_dirty(true).expect("writes can be logged");
+    machine.track_dirty(Tracking::Plain).expect("writes can be logged");
     shadow.copy_all(machine.ram());
     machine.run().expect("a loaded machine runs");
     let client = Counter::start(frames, Arc::new(host_end), Vec::new());
@@ -68,7 +69,7 @@ fn count(config: &MachineConfig, path: &Path, checkpoints: u64) -> u64 {
             machine = build();
             shadow.write_to(machine.ram());
             machine.restore(&sections, ClockPolicy::ResumeFromCheckpoint).expect("the state fits an equal machine");
-            machine.track_dirty(true).expect("writes can be logged");
+            machine.track_dirty(Tracking::Plain).expect("writes can be logged");
             machine.run().expect("a restored machine runs");
         } else {
             longest = longest.max(paused.resume().expect("the guest resumes").stop.quiesce);

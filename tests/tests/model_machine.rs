@@ -12,6 +12,7 @@ use tests::machine::client::Counter;
 use tests::machine::shadow::Shadow;
 use tests::machine::{GUEST_MAC, Recorder};
 use tests::real::rng::Rng;
+use vmm::Tracking;
 use vmm::machine::{PauseError, RestoreError, RunError};
 use vmm::{
     ClockPolicy, FramePort, Machine, MachineConfig, MachineEvent, MachineIo, ModelBuildError, ModelMachine, NicConfig,
@@ -68,7 +69,7 @@ impl Outside {
     fn boot(&self, config: &MachineConfig) -> ModelMachine {
         let mut machine = self.build(config);
         machine.load().expect("there is nothing to load");
-        machine.track_dirty(true).expect("writes are tracked");
+        machine.track_dirty(Tracking::Plain).expect("writes are tracked");
         machine.run().expect("a loaded machine runs");
         machine
     }
@@ -82,7 +83,7 @@ fn checkpoints_miss_nothing_and_a_connection_survives_every_restore() {
     let mut machine = outside.build(&config);
     machine.load().expect("there is nothing to load");
     let mut shadow = Shadow::zeroed(machine.ram());
-    machine.track_dirty(true).expect("writes are tracked");
+    machine.track_dirty(Tracking::Plain).expect("writes are tracked");
     machine.run().expect("a loaded machine runs");
     let client = Counter::start(frames, cable, vec!["FLUSHALL".into()]);
     let mut rng = Rng::new(seed);
@@ -102,7 +103,7 @@ fn checkpoints_miss_nothing_and_a_connection_survives_every_restore() {
             let mut fresh = outside.build(&config);
             shadow.write_to(fresh.ram());
             fresh.restore(&sections, ClockPolicy::ResumeFromCheckpoint).expect("the state fits an equal machine");
-            fresh.track_dirty(true).expect("writes are tracked");
+            fresh.track_dirty(Tracking::Plain).expect("writes are tracked");
             fresh.run().expect("a restored machine runs");
             machine = fresh;
         } else {

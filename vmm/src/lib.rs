@@ -25,6 +25,7 @@ pub mod disk;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzzing;
+pub mod hot;
 pub mod kvm;
 pub mod machine;
 pub mod memory;
@@ -39,6 +40,7 @@ mod vcpu;
 pub use config::{ClockPolicy, DiskConfig, Fact, MAX_DISKS, MachineConfig, MachineIo, NicConfig};
 pub use dirty::{DirtyLedger, DirtySet};
 pub use disk::{ByteRange, Disk, DiskImage, DiskSerial, FileStorage, ImageError, Storage};
+pub use hot::Tracking;
 pub use kvm::{BuildError, KvmMachine};
 pub use machine::{Machine, MachineEvent};
 pub use memory::{GuestRam, PAGE_SIZE, PageNo};

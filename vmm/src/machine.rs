@@ -7,6 +7,7 @@ use crossbeam::channel::Receiver;
 
 use crate::config::{ClockPolicy, Fact};
 use crate::dirty::{DirtyLedger, DirtySet};
+use crate::hot::Tracking;
 use crate::memory::GuestRam;
 use crate::pause::Stopped;
 use crate::section::Section;
@@ -39,11 +40,13 @@ pub trait Machine: Send {
     /// Runs (or goes on running) the guest. The only way in which guest code executes.
     fn run(&mut self) -> Result<(), RunError>;
 
-    /// Starts or ends recording of guest writes. Starting begins with an empty log and an empty ledger.
-    fn track_dirty(&mut self, on: bool) -> Result<(), DirtyError>;
+    /// Starts or ends recording of guest writes. Starting begins with an empty log and an empty ledger. A machine that cannot leave hot pages out
+    /// tracks all pages alike.
+    fn track_dirty(&mut self, tracking: Tracking) -> Result<(), DirtyError>;
 
-    /// Pages written since the last call (or since tracking began), united with all that was given back. May be called while the guest
-    /// runs: each bit is cleared before the caller can copy its page, so a page that is written during the copy is dirty again.
+    /// Pages written since the last call (or since tracking began), united with all that was given back, and hot pages. May be called while the guest
+    /// runs: each bit is cleared before the caller can copy its page, so a page that is written during the copy is dirty again; what is not cleared is
+    /// in the next set whatever happens.
     fn take_dirty(&mut self) -> Result<DirtySet, DirtyError>;
 
     /// Things that happen to the guest on its own account.

@@ -34,11 +34,18 @@ pub struct EpochSection {
     pub in_flight: u8,
     /// Whether each checkpoint carries a digest of all of RAM, which an activation compares. For tests: about 0.15 ms of pause for each MiB.
     pub ram_digest: bool,
+    /// Pages that are written in most epochs are not protected again after each, but copied in each.
+    pub hot_pages: bool,
 }
 
 impl Default for EpochSection {
     fn default() -> Self {
-        Self { pace: EpochPace::Fixed(DEFAULT_INTERVAL), in_flight: EPOCHS_IN_FLIGHT, ram_digest: false }
+        Self {
+            pace: EpochPace::Fixed(DEFAULT_INTERVAL),
+            in_flight: EPOCHS_IN_FLIGHT,
+            ram_digest: false,
+            hot_pages: true,
+        }
     }
 }
 
@@ -54,13 +61,14 @@ struct Lines {
     overhead: Option<Percent>,
     in_flight: Option<u8>,
     ram_digest: bool,
+    hot_pages: Option<bool>,
 }
 
 impl TryFrom<Lines> for EpochSection {
     type Error = &'static str;
 
     fn try_from(lines: Lines) -> Result<Self, Self::Error> {
-        let Lines { interval, latency, overhead, in_flight, ram_digest } = lines;
+        let Lines { interval, latency, overhead, in_flight, ram_digest, hot_pages } = lines;
         let unsaid = Self::default();
         let pace = match (interval, latency, overhead) {
             (None, None, None) => unsaid.pace,
@@ -69,14 +77,15 @@ impl TryFrom<Lines> for EpochSection {
             (None, None, Some(overhead)) => EpochPace::Overhead(overhead),
             _ => return Err("interval, latency and overhead in one [epoch]: say one of them"),
         };
-        Ok(Self { pace, in_flight: in_flight.unwrap_or(unsaid.in_flight), ram_digest })
+        let in_flight = in_flight.unwrap_or(unsaid.in_flight);
+        Ok(Self { pace, in_flight, ram_digest, hot_pages: hot_pages.unwrap_or(unsaid.hot_pages) })
     }
 }
 
 impl From<EpochSection> for Lines {
     fn from(section: EpochSection) -> Self {
-        let EpochSection { pace, in_flight, ram_digest } = section;
-        let mut lines = Self { in_flight: Some(in_flight), ram_digest, ..Self::default() };
+        let EpochSection { pace, in_flight, ram_digest, hot_pages } = section;
+        let mut lines = Self { in_flight: Some(in_flight), ram_digest, hot_pages: Some(hot_pages), ..Self::default() };
         match pace {
             EpochPace::Fixed(interval) => lines.interval = Some(interval),
             EpochPace::Latency(latency) => lines.latency = Some(latency),

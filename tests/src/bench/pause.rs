@@ -9,6 +9,7 @@ use super::figures::Spread;
 use super::floor::{Floor, Round};
 use super::subject::{Sample, Subject};
 use super::{BenchError, host_description};
+use vmm::Tracking;
 
 /// Version of the JSON form.
 pub const SCHEMA: &str = "ft.bench.pause/1";
@@ -26,6 +27,8 @@ pub struct Grid {
     pub samples: u32,
     /// vCPUs of the machine.
     pub vcpus: u8,
+    /// What is done about pages that are written in every epoch.
+    pub tracking: Tracking,
 }
 
 /// The result of a run.
@@ -81,7 +84,7 @@ pub fn run(grid: &Grid, kernel: &Path, mut progress: impl FnMut(&str)) -> Result
 }
 
 fn row(grid: &Grid, kernel: &Path, memory_bytes: u64, pages: u32) -> Result<Row, BenchError> {
-    let mut subject = Subject::start(kernel, grid.vcpus, memory_bytes, pages)?;
+    let mut subject = Subject::start(kernel, grid.vcpus, memory_bytes, pages, grid.tracking)?;
     let mut floor = Floor::start(grid.vcpus, memory_bytes)?;
     let (mut samples, mut rounds, mut thin, mut n) = (Vec::new(), Vec::new(), 0, 0);
     while n < WARM_UP + grid.samples {

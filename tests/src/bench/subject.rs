@@ -16,7 +16,7 @@ use primary::output::{Gate, World};
 use primary::staging::Arena;
 use primary::verify::Verifier;
 use replication_proto::{Epoch, Incarnation};
-use vmm::{FramePort, KvmMachine, Machine, MachineIo, PAGE_SIZE, PausedVm, SectionKind, SocketPort};
+use vmm::{FramePort, KvmMachine, Machine, MachineIo, PAGE_SIZE, PausedVm, SectionKind, SocketPort, Tracking};
 
 use super::{BenchError, host};
 use crate::machine::client::say;
@@ -67,7 +67,13 @@ impl Subject {
     ///
     /// # Errors
     /// No KVM, no such image, a guest that does not answer.
-    pub fn start(kernel: &Path, vcpus: u8, memory_bytes: u64, pages: u32) -> Result<Self, BenchError> {
+    pub fn start(
+        kernel: &Path,
+        vcpus: u8,
+        memory_bytes: u64,
+        pages: u32,
+        tracking: Tracking,
+    ) -> Result<Self, BenchError> {
         let (frames, heard) = bounded(FRAMES);
         let (guest_end, host_end) = SocketPort::pair().map_err(host("a socket pair"))?;
         let clock = Clock::start();
@@ -82,7 +88,7 @@ impl Subject {
         gate.open();
         machine.run()?;
         set_load(heard, host_end, pages)?;
-        machine.track_dirty(true)?;
+        machine.track_dirty(tracking)?;
         gate.hold();
         let parts = EpochParts {
             gate,
@@ -90,6 +96,7 @@ impl Subject {
             mirror: Arc::new(Mirror::default()),
             metrics,
             ram_digest: false,
+            tracking,
             base_share: 1.0,
             verifier: Arc::new(Verifier::new(Vec::new())),
             disks: Arc::new(OwnerDisks::none()),

@@ -13,6 +13,7 @@ use tests::bench::{base, disk, epochs, latency, pause, throughput, wire};
 use tests::machine::demo_guest;
 use tests::real::MachineKind;
 use tests::real::artifacts::Artifacts;
+use vmm::Tracking;
 
 /// Measures the system on this host.
 #[derive(Parser)]
@@ -40,6 +41,9 @@ enum What {
         /// vCPUs of the machine.
         #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=2))]
         vcpus: u8,
+        /// Protect all pages again after each epoch, hot ones too: `[epoch] hot_pages = false`.
+        #[arg(long)]
+        plain: bool,
         /// The demo guest's image; `FT_GUEST`, or built, when it is not given.
         #[arg(long)]
         guest: Option<PathBuf>,
@@ -169,8 +173,9 @@ fn measure(Cli { what, json }: Cli) -> anyhow::Result<()> {
     let built = || Artifacts::build(MachineKind::Kvm, progress);
     let span = Duration::from_secs;
     match what {
-        What::Pause { pages, memory, samples, vcpus, guest } => {
-            let grid = pause::Grid { pages, memory_bytes: memory, samples, vcpus };
+        What::Pause { pages, memory, samples, vcpus, plain, guest } => {
+            let tracking = if plain { Tracking::Plain } else { Tracking::HotPages };
+            let grid = pause::Grid { pages, memory_bytes: memory, samples, vcpus, tracking };
             let report = pause::run(&grid, &guest.unwrap_or_else(demo_guest), progress)?;
             tell(&report.table(), &report, json)
         }

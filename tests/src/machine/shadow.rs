@@ -14,15 +14,19 @@ impl Shadow {
         Self { pages: ram.pages().map(|page| (page, Box::new([0; PAGE_SIZE]))).collect() }
     }
 
-    /// Copies the pages of one interval.
+    /// Copies the pages of one interval. Returns how many of them were as before.
     ///
     /// # Panics
     /// When the set names a page that is not RAM.
-    pub fn apply(&mut self, dirty: &DirtySet, ram: &GuestRam) {
+    pub fn apply(&mut self, dirty: &DirtySet, ram: &GuestRam) -> u64 {
+        let mut same = 0;
         for page in dirty.iter() {
             let at = self.pages.binary_search_by_key(&page, |(p, _)| *p).expect("a dirty page is RAM");
+            let before = self.pages[at].1.clone();
             ram.copy_out(page, &mut self.pages[at].1).expect("a dirty page is RAM");
+            same += u64::from(before == self.pages[at].1);
         }
+        same
     }
 
     /// Copies everything.

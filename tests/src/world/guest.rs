@@ -9,6 +9,7 @@ use std::time::Duration;
 use crossbeam::channel::{Receiver, never};
 use vm_memory::{Bytes, GuestAddress};
 use vmm::disk::{ByteRange, Disk};
+use vmm::hot::{KeptLog, Tracking};
 use vmm::machine::{
     BootError, CaptureError, DirtyError, MachineEvent, PauseError, RestoreError, RunError, StopTimings,
 };
@@ -164,6 +165,7 @@ pub fn request(client: usize, boot: u64, number: u64) -> Vec<u8> {
 pub struct SimMachine {
     ram: Arc<GuestRam>,
     ledger: Arc<DirtyLedger>,
+    log: KeptLog,
     outputs: Arc<dyn Outputs>,
     skew: u64,
     ready: bool,
@@ -190,6 +192,7 @@ impl SimMachine {
         Self {
             ram,
             ledger,
+            log: KeptLog::default(),
             outputs,
             skew,
             ready: false,
@@ -428,16 +431,17 @@ impl Machine for SimMachine {
         Ok(())
     }
 
-    fn track_dirty(&mut self, on: bool) -> Result<(), DirtyError> {
-        if on {
+    fn track_dirty(&mut self, tracking: Tracking) -> Result<(), DirtyError> {
+        if tracking != Tracking::Off {
             self.ram.take_own_writes();
             self.ledger.clear();
         }
+        self.log.begin(tracking);
         Ok(())
     }
 
     fn take_dirty(&mut self) -> Result<DirtySet, DirtyError> {
-        Ok(self.ledger.take(&[&self.ram.take_own_writes()]))
+        Ok(self.ledger.take(&[&self.log.take(self.ram.take_own_writes())]))
     }
 
     fn events(&self) -> Receiver<MachineEvent> {

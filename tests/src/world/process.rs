@@ -22,6 +22,7 @@ use primary::pulse::{PulseEnd, PulseReport, Voice};
 use primary::staging::Arena;
 use replication_proto::{Epoch, Pulse};
 use vmm::Outputs;
+use vmm::Tracking;
 
 use super::env::{Env, Event};
 use super::guest::{SimMachine, Utterance};
@@ -54,6 +55,8 @@ pub struct Base {
     pub voice: Voice,
     /// When epochs end.
     pub pace: EpochPace,
+    /// What its machine does about hot pages.
+    pub tracking: Tracking,
     /// Pause between attempts to connect.
     pub retry: Duration,
     /// Heartbeat interval.
@@ -107,6 +110,8 @@ pub struct Settings {
     pub core: CoreConfig,
     /// When epochs end.
     pub pace: EpochPace,
+    /// What its machine does about hot pages.
+    pub tracking: Tracking,
     /// Heartbeat interval.
     pub heartbeat: Duration,
     /// See [`Base::skew`].
@@ -118,7 +123,7 @@ pub struct Settings {
 impl Base {
     /// A process that was just started.
     pub fn new(who: Who, settings: Settings, board: &StatusBoard, now: Nanos, disks: Option<OpenDisks>) -> Self {
-        let Settings { core, pace, heartbeat, skew, jitter } = settings;
+        let Settings { core, pace, tracking, heartbeat, skew, jitter } = settings;
         let nanos = Arc::new(AtomicU64::new(0));
         let clock = Clock::simulated(Arc::clone(&nanos));
         let metrics = Arc::new(Metrics::new(board.clone()));
@@ -136,6 +141,7 @@ impl Base {
             metrics,
             voice: Voice::default(),
             pace,
+            tracking,
             retry,
             heartbeat,
             skew,

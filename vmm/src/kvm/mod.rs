@@ -2,6 +2,7 @@
 
 mod build;
 mod cpuid;
+mod dirty_log;
 mod facts;
 mod probe;
 #[cfg(test)]
@@ -21,16 +22,18 @@ use crossbeam::channel::{Receiver, Sender, unbounded};
 use kvm_ioctls::VmFd;
 
 pub use build::BuildError;
+use dirty_log::DirtyLog;
 
 use crate::boot;
 use crate::config::{ClockPolicy, Fact, MachineConfig, MachineIo};
 use crate::devices::host_io::{Gate, HostIo, HostIoThread};
 use crate::devices::{Devices, lock};
 use crate::dirty::{DirtyLedger, DirtySet};
+use crate::hot::Tracking;
 use crate::machine::{
     BootError, CaptureError, DirtyError, Machine, MachineEvent, PauseError, RestoreError, RunError, StopTimings,
 };
-use crate::memory::{GuestRam, PAGE_SHIFT};
+use crate::memory::GuestRam;
 use crate::pause::Stopped;
 use crate::section::{Section, SectionKind};
 use crate::state::clock::ClockStateV1;
@@ -77,7 +80,7 @@ pub struct KvmMachine {
     phase: Phase,
     events_in: Sender<MachineEvent>,
     events: Receiver<MachineEvent>,
-    tracking: bool,
+    log: DirtyLog,
 }
 
 impl KvmMachine {
@@ -86,6 +89,7 @@ impl KvmMachine {
         let build::Parts { ram, vm, vcpus, devices, host_io, gate, msrs, facts, tsc_writable } =
             build::build(config, io)?;
         let (events_in, events) = unbounded();
+        let log = DirtyLog::new(&vm);
         Ok(Self {
             config: config.clone(),
             ledger: DirtyLedger::new(&ram),
@@ -100,7 +104,7 @@ impl KvmMachine {
             phase: Phase::Hollow,
             events_in,
             events,
-            tracking: false,
+            log,
         })
     }
 
@@ -158,16 +162,6 @@ impl KvmMachine {
             return Err(RestoreError::Malformed { kind, reason });
         }
         Ok(())
-    }
-
-    /// KVM's log of one region, cleared by the reading.
-    fn kvm_logs(&self) -> Result<Vec<Vec<u64>>, DirtyError> {
-        let size = |pages: u64| usize::try_from(pages << PAGE_SHIFT).unwrap_or(usize::MAX);
-        (0u32..)
-            .zip(self.ram.regions())
-            .map(|(slot, region)| self.vm.get_dirty_log(slot, size(region.pages)))
-            .collect::<Result<_, _>>()
-            .map_err(|e| DirtyError { call: "KVM_GET_DIRTY_LOG", source: e.into() })
     }
 }
 
@@ -247,24 +241,21 @@ impl Machine for KvmMachine {
         Ok(())
     }
 
-    fn track_dirty(&mut self, on: bool) -> Result<(), DirtyError> {
-        let call = "KVM_SET_USER_MEMORY_REGION";
+    fn track_dirty(&mut self, tracking: Tracking) -> Result<(), DirtyError> {
+        let (call, on) = ("KVM_SET_USER_MEMORY_REGION", tracking != Tracking::Off);
         build::set_memory_slots(&self.vm, &self.ram, on).map_err(|e| DirtyError { call, source: e.into() })?;
+        // Switching on begins with an empty log, unless it was on.
+        self.log.switch(tracking, &self.vm, &self.ram)?;
         if on {
-            // Switching on begins with an empty log, unless it was on.
-            if self.tracking {
-                drop(self.kvm_logs()?);
-            }
             drop(self.ram.take_own_writes());
             self.ledger.clear();
         }
-        self.tracking = on;
         Ok(())
     }
 
     fn take_dirty(&mut self) -> Result<DirtySet, DirtyError> {
-        assert!(self.tracking, "dirty pages can only be taken while they are tracked");
-        let logs = self.kvm_logs()?;
+        assert!(self.log.is_on(), "dirty pages can only be taken while they are tracked");
+        let logs = self.log.take(&self.vm, &self.ram, self.phase == Phase::Stopped)?;
         Ok(self.ledger.take(&[&logs, &self.ram.take_own_writes()]))
     }
 

@@ -7,6 +7,7 @@ use super::testing::{
     no_kvm,
 };
 use super::*;
+use crate::hot::Tracking;
 use crate::pause::PausedVm;
 use crate::state::codec::Saved;
 
@@ -247,7 +248,7 @@ fn dirty_log_has_exactly_what_a_counting_guest_writes() {
         return;
     }
     let mut bench = loaded(COUNTING, 1);
-    bench.machine.track_dirty(true).unwrap();
+    bench.machine.track_dirty(Tracking::Plain).unwrap();
     bench.machine.run().unwrap();
     for _ in 0..10 {
         let before = counter(&bench.machine);
@@ -290,7 +291,7 @@ fn two_running_vcpus_stop_together_and_go_on_elsewhere() {
     };
     let mut bench = loaded(&FIRST, 2);
     bench.machine.ram.tracked().write_slice(&SECOND, GuestAddress(0x8000)).unwrap();
-    bench.machine.track_dirty(true).unwrap();
+    bench.machine.track_dirty(Tracking::Plain).unwrap();
     bench.machine.run().unwrap();
     for _ in 0..100 {
         both_go_on(&bench.machine);

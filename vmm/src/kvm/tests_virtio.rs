@@ -6,13 +6,14 @@ use super::testing::{Bench, Driver, RX, Ring, TX, bench, config, eventually, no_
 use super::*;
 use crate::devices::host_io::Pumped;
 use crate::devices::virtio::mmio::VirtioStateV2;
+use crate::hot::Tracking;
 
 const HEADER: u32 = 12;
 const NEEDS_RESET: u32 = 0x40;
 
 fn started() -> Bench {
     let mut bench = bench(&config("/nowhere".into(), 1));
-    bench.machine.track_dirty(true).unwrap();
+    bench.machine.track_dirty(Tracking::Plain).unwrap();
     Driver(&bench.machine).start();
     drop(bench.machine.ram.take_own_writes());
     bench

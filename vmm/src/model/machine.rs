@@ -17,6 +17,7 @@ use super::program::{End, ModelProgram, ProgramError, Step};
 use crate::config::{ClockPolicy, Fact, MachineConfig, MachineIo, check_disks};
 use crate::dirty::{DirtyLedger, DirtySet};
 use crate::disk::Disk;
+use crate::hot::{KeptLog, Tracking};
 use crate::machine::{
     BootError, CaptureError, DirtyError, Machine, MachineEvent, PauseError, RestoreError, RunError, StopTimings,
 };
@@ -126,7 +127,7 @@ pub struct ModelMachine {
     waker: Arc<Waker>,
     phase: Phase,
     events: Receiver<MachineEvent>,
-    tracking: bool,
+    log: KeptLog,
     /// Nobody reads it; held so that whoever types finds an open pipe.
     _console_input: Option<OwnedFd>,
 }
@@ -183,7 +184,7 @@ impl ModelMachine {
             waker,
             phase: Phase::Hollow,
             events,
-            tracking: false,
+            log: KeptLog::default(),
             _console_input: console_input,
         })
     }
@@ -290,19 +291,19 @@ impl Machine for ModelMachine {
         Ok(())
     }
 
-    fn track_dirty(&mut self, on: bool) -> Result<(), DirtyError> {
+    fn track_dirty(&mut self, tracking: Tracking) -> Result<(), DirtyError> {
         // The bitmap of tracked RAM is always kept; what is switched is whether anybody may ask for it.
-        if on {
+        if tracking != Tracking::Off {
             drop(self.ram.take_own_writes());
             self.ledger.clear();
         }
-        self.tracking = on;
+        self.log.begin(tracking);
         Ok(())
     }
 
     fn take_dirty(&mut self) -> Result<DirtySet, DirtyError> {
-        assert!(self.tracking, "dirty pages can only be taken while they are tracked");
-        Ok(self.ledger.take(&[&self.ram.take_own_writes()]))
+        assert!(self.log.is_on(), "dirty pages can only be taken while they are tracked");
+        Ok(self.ledger.take(&[&self.log.take(self.ram.take_own_writes())]))
     }
 
     fn events(&self) -> Receiver<MachineEvent> {

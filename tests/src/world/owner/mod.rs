@@ -86,6 +86,7 @@ impl OwnerPart {
             metrics: base.metrics.clone(),
             // The checkers compare memory themselves.
             ram_digest: false,
+            tracking: base.tracking,
             base_share: 1.0,
             verifier: Arc::new(Verifier::new(Vec::new())),
             disks: base.disks.as_ref().map_or_else(|| Arc::new(OwnerDisks::none()), |disks| Arc::clone(&disks.owner)),
@@ -435,7 +436,7 @@ impl OwnerPart {
                 let begun = link.stream.begin_base(first);
                 link.first = Some(first);
                 let memory = disks.is_none().then(|| {
-                    BaseCopy::begin(&mut self.machine, link.standing.warm_memory)
+                    BaseCopy::begin(&mut self.machine, self.parts.tracking, link.standing.warm_memory)
                         .expect("the simulated dirty log can be switched on")
                 });
                 self.doing = Doing::Copying { session, first, memory, disks, few: false };

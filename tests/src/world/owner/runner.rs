@@ -106,7 +106,7 @@ impl OwnerPart {
                 DiskStep::Send(pieces) => pieces.iter().try_for_each(|piece| link.stream.disk_piece(piece)),
                 DiskStep::Await => Ok(()),
                 DiskStep::Few => {
-                    let copy = BaseCopy::begin(&mut self.machine, link.standing.warm_memory);
+                    let copy = BaseCopy::begin(&mut self.machine, self.parts.tracking, link.standing.warm_memory);
                     *memory = Some(copy.expect("the simulated dirty log can be switched on"));
                     Ok(())
                 }

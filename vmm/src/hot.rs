@@ -1,0 +1,189 @@
+//! Pages that are written in most epochs, and are not protected again after each.
+//!
+//! The first write to a page whose dirty bit was cleared faults; a guest that writes the same pages in every epoch pays for that in every epoch. A *hot*
+//! page's bit stays set, so that the log names the page in every epoch, written or not, and writing it costs nothing. What that costs instead is one copy
+//! of it for each epoch, and patches find that nothing changed. This is safe by construction: a set is always all that the log names, and hot is only
+//! which of its bits are not cleared.
+//!
+//! A page becomes hot when it was written in three epochs in a row. Nothing tells whether a hot page is still written, so each is put on trial now and
+//! then: its bit is cleared, and it stays hot if it is written in the next epoch.
+
+/// Every hot page is on trial in one of so many epochs.
+const TRIAL_EVERY: usize = 16;
+
+/// One bit a page: words for each region of RAM, low bit first.
+pub type PageBits = Vec<Vec<u64>>;
+
+/// What a host does about its log of dirty pages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Tracking {
+    /// There is no log.
+    #[default]
+    Off,
+    /// All pages of a set are protected again.
+    Plain,
+    /// Hot pages are not, where the host can leave them out.
+    HotPages,
+}
+
+/// Which pages are hot. Pure: logs in, bits to be cleared out.
+#[derive(Clone, Debug, Default)]
+pub struct HotPages {
+    regions: Vec<Vec<Heat>>,
+    taken: usize,
+}
+
+/// What is known of 64 pages.
+#[derive(Clone, Copy, Debug, Default)]
+struct Heat {
+    /// Named by the log one and two sets ago.
+    before: [u64; 2],
+    hot: u64,
+    /// Hot until the last set, which cleared their bits.
+    trial: u64,
+}
+
+impl HotPages {
+    /// The log as it is when an epoch ends. Returns the bits that are to be cleared in it, before any page of the set is copied.
+    pub fn settle(&mut self, log: &PageBits) -> PageBits {
+        if self.regions.len() != log.len() {
+            self.regions = log.iter().map(|words| vec![Heat::default(); words.len()]).collect();
+        }
+        let taken = self.taken;
+        self.taken = self.taken.wrapping_add(1);
+        let settle =
+            |(at, (heat, log)): (usize, (&mut Heat, &u64))| heat.settle(*log, (at + taken).is_multiple_of(TRIAL_EVERY));
+        let region =
+            |(heat, log): (&mut Vec<Heat>, &Vec<u64>)| heat.iter_mut().zip(log).enumerate().map(settle).collect();
+        self.regions.iter_mut().zip(log).map(region).collect()
+    }
+
+    /// Forgets everything: the log begins anew.
+    pub fn forget(&mut self) {
+        self.regions.clear();
+    }
+
+    /// How many pages are hot.
+    pub fn count(&self) -> usize {
+        self.regions.iter().flatten().map(|heat| heat.hot.count_ones() as usize).sum()
+    }
+}
+
+impl Heat {
+    fn settle(&mut self, log: u64, on_trial: bool) -> u64 {
+        let [one, two] = self.before;
+        // A hot page that the log does not name had its bit cleared by somebody else.
+        let hot = (self.hot | self.trial | one & two) & log;
+        self.trial = if on_trial { hot } else { 0 };
+        self.hot = hot & !self.trial;
+        self.before = [log, one];
+        log & !self.hot
+    }
+}
+
+/// A log that is kept in memory, for machines that are not KVM's: what is hot stays in it.
+#[derive(Clone, Debug, Default)]
+pub struct KeptLog {
+    tracking: Tracking,
+    bits: PageBits,
+    hot: HotPages,
+}
+
+impl KeptLog {
+    /// Begins anew, with nothing.
+    pub fn begin(&mut self, tracking: Tracking) {
+        *self = Self { tracking, ..Self::default() };
+    }
+
+    /// Whether there is a log.
+    pub fn is_on(&self) -> bool {
+        self.tracking != Tracking::Off
+    }
+
+    /// What was written since the last call makes this set.
+    pub fn take(&mut self, written: PageBits) -> PageBits {
+        let mut set = written;
+        for (set, kept) in set.iter_mut().flatten().zip(self.bits.iter().flatten()) {
+            *set |= kept;
+        }
+        if self.tracking == Tracking::HotPages {
+            let clear = self.hot.settle(&set);
+            self.bits = set.clone();
+            self.bits.iter_mut().flatten().zip(clear.iter().flatten()).for_each(|(kept, clear)| *kept &= !clear);
+        }
+        set
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A log whose cleared bits come back when their page is written, as KVM's.
+    #[derive(Default)]
+    struct Log(u64);
+
+    impl Log {
+        fn epoch(&mut self, hot: &mut HotPages, written: u64) -> u64 {
+            self.0 |= written;
+            let set = self.0;
+            let clear = hot.settle(&vec![vec![set]]);
+            assert_eq!(clear[0][0] & !set, 0, "only what the set has is cleared");
+            self.0 &= !clear[0][0];
+            set
+        }
+    }
+
+    #[test]
+    fn three_epochs_in_a_row_make_a_page_hot_and_a_trial_makes_it_cold() {
+        let (mut log, mut hot) = (Log::default(), HotPages::default());
+        let mut faults = 0;
+        for epoch in 0..160 {
+            faults += u32::from(log.0 & 1 == 0);
+            assert_eq!(log.epoch(&mut hot, 1) & 1, 1, "epoch {epoch}");
+        }
+        assert!((10..=16).contains(&faults), "{faults} faults in 160 epochs: three to learn, one for each trial");
+        assert_eq!(hot.count(), 1);
+        let named = (0..40).filter(|_| log.epoch(&mut hot, 0) & 1 == 1).count();
+        assert!(named <= TRIAL_EVERY, "{named} copies of a page that is not written any more");
+        assert_eq!((hot.count(), log.0), (0, 0));
+        (0..2).for_each(|_| drop(log.epoch(&mut hot, 2)));
+        assert_eq!(hot.count(), 0, "twice is not enough");
+        hot.forget();
+        log.epoch(&mut hot, 2);
+        assert_eq!(hot.count(), 0);
+    }
+
+    #[test]
+    fn every_written_page_is_in_the_set_of_its_epoch() {
+        let mut state = 5u64;
+        let mut noise = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            state >> 24
+        };
+        let (mut log, mut hot, mut seen_hot) = (Log::default(), HotPages::default(), 0);
+        let mut busy = 0;
+        for epoch in 0..20_000 {
+            if epoch % 50 == 0 {
+                busy = noise() & noise();
+            }
+            let written = busy & (noise() | noise() | noise()) | noise() & noise() & noise() & noise();
+            assert_eq!(written & !log.epoch(&mut hot, written), 0, "epoch {epoch}");
+            seen_hot += hot.count();
+        }
+        assert!(seen_hot > 20_000, "some are hot most of the time: {seen_hot}");
+    }
+
+    #[test]
+    fn a_kept_log_names_hot_pages_whether_they_are_written_or_not() {
+        let mut log = KeptLog::default();
+        assert!(!log.is_on());
+        for (tracking, later) in [(Tracking::Plain, 0), (Tracking::HotPages, 6)] {
+            log.begin(tracking);
+            assert!(log.is_on());
+            let once = |log: &mut KeptLog, written| log.take(vec![vec![0, written]])[0][1];
+            (0..4).for_each(|_| assert_eq!(once(&mut log, 6), 6));
+            assert_eq!(once(&mut log, 0), later);
+        }
+    }
+}
