@@ -545,6 +545,24 @@ mod tests {
         intake
     }
 
+    /// What the disks' thread says may come late: of another generation, or of what was before the base of this connection.
+    #[test]
+    fn what_is_stable_is_told_once_and_of_this_connection_s_epochs_only() {
+        let point = |generation, epoch| Point { generation: Generation(generation), epoch: Epoch(epoch) };
+        let (mut stable, mut commits) = (Stable::default(), Commits::new(1 << 20));
+        let mut hear = |stable: &mut Stable, generation, epoch| {
+            let point = point(generation, epoch);
+            stable.hear(Generation(5), (point, point), &mut commits)
+        };
+        assert_eq!(hear(&mut stable, 5, 6), None, "no base has begun");
+        stable.base_begun(Epoch(7));
+        assert_eq!(hear(&mut stable, 5, 6), None, "before the base");
+        assert_eq!(hear(&mut stable, 4, 8), None, "somebody else's epoch");
+        assert_eq!(hear(&mut stable, 5, 8), Some(Epoch(8)));
+        assert_eq!((hear(&mut stable, 5, 8), hear(&mut stable, 5, 7)), (None, None), "it is known");
+        assert_eq!(stable.told(), Some(Epoch(8)));
+    }
+
     /// Bad-input corpus, row 17: who may take the place of a connection that is in use.
     #[test]
     fn only_a_higher_generation_of_this_vm_or_the_same_process_displaces_a_connection() {
