@@ -39,7 +39,7 @@ pub enum IntakeEvent {
     ApplyHollow(PageBatch),
     /// For the disks: a piece of a base that is not committed.
     ApplyHollowDisk(DiskChange),
-    /// For the applier or the disks: which of these pieces differ here, after all that was told before; the answer is [`Intake::compared`].
+    /// For the applier or the disks: which of these pieces differ here, after all that was told before; the answer is [`News::Compared`].
     Compare(Question, PieceHashes),
     /// For the applier and the disks: a committed checkpoint, and what state of the VM it is.
     Apply(Committed, Point),
