@@ -39,7 +39,7 @@ pub enum IntakeEvent {
     ApplyHollow(PageBatch),
     /// For the disks: a piece of a base that is not committed.
     ApplyHollowDisk(DiskChange),
-    /// For the applier or the disks: which of these pieces differ here, after all that was told before; the answer is [`Intake::compared`].
+    /// For the applier or the disks: which of these pieces differ here, after all that was told before; the answer is [`News::Compared`].
     Compare(Question, PieceHashes),
     /// For the applier and the disks: a committed checkpoint, and what state of the VM it is.
     Apply(Committed, Point),
@@ -48,6 +48,33 @@ pub enum IntakeEvent {
 /// Number of a question of the primary's; what belongs to a connection that is over is ignored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Question(pub u64);
+
+/// What those who carry out commits tell the connection.
+#[derive(Debug)]
+pub enum News {
+    /// So many committed bytes are in the standby's memory or disks: acknowledgements may be due.
+    Applied(usize),
+    /// The answer to a question of the primary's.
+    Compared(Question, PiecesWanted),
+    /// As far as disks are concerned, epochs up to one may be acknowledged, and up to another a power cut leaves them.
+    Stable {
+        /// May be acknowledged.
+        ackable: Point,
+        /// On stable storage.
+        durable: Point,
+    },
+    /// A comparison of both sides as of the end of this epoch is done.
+    Verified(Epoch, Verified),
+    /// What the next primary is to be told of this side's disks.
+    Standing(Vec<DiskStanding>),
+    /// A disk failed.
+    DiskFailed {
+        /// Which file, and what the host said.
+        why: String,
+        /// A committed change is lost.
+        lost: bool,
+    },
+}
 
 /// Why a data connection ended.
 #[derive(Debug, thiserror::Error)]
@@ -79,12 +106,55 @@ pub enum LinkEnd {
 struct Connection {
     protocol: Receiver,
     peer: Option<Identity>,
-    /// The epoch of its base, once that has begun.
-    base: Option<Epoch>,
-    /// The last epoch that was told to be on stable storage.
-    durable: Epoch,
+    stable: Stable,
     /// Questions that are not answered, in order, and answers that came before those in front of them.
     questions: VecDeque<(Question, Option<PiecesWanted>)>,
+}
+
+/// What of a connection's epochs is on stable storage.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stable {
+    /// The epoch of its base, once that has begun.
+    base: Option<Epoch>,
+    /// The last epoch that its primary was told of.
+    told: Option<Epoch>,
+}
+
+impl Stable {
+    /// A base begins, which this epoch will end.
+    pub fn base_begun(&mut self, epoch: Epoch) {
+        self.base = Some(epoch);
+    }
+
+    /// Whether this epoch is the base or follows it.
+    pub fn includes(&self, epoch: Epoch) -> bool {
+        self.base.is_some_and(|base| epoch >= base)
+    }
+
+    /// The last epoch that the primary was told of.
+    pub fn told(&self) -> Option<Epoch> {
+        self.told
+    }
+
+    /// As far as disks are concerned, epochs up to `ackable` may be acknowledged, and a power cut leaves those up to `durable`. Hands back what the
+    /// primary is to be told. What the disks' thread says of another generation than the primary's comes late: its epochs are not those that this
+    /// connection numbers.
+    pub fn hear(
+        &mut self,
+        generation: Generation,
+        (ackable, durable): (Point, Point),
+        commits: &mut Commits,
+    ) -> Option<Epoch> {
+        if ackable.generation == generation {
+            commits.durable(ackable.epoch);
+        }
+        let news = self.includes(durable.epoch) && self.told.is_none_or(|told| durable.epoch > told);
+        if durable.generation != generation || !news {
+            return None;
+        }
+        self.told = Some(durable.epoch);
+        self.told
+    }
 }
 
 /// Collects, verifies, commits and acknowledges.
@@ -154,11 +224,11 @@ impl Intake {
         self.last_words.clear();
         let protocol = Receiver::new(self.config.clone());
         self.connection =
-            Some(Connection { protocol, peer: None, base: None, durable: Epoch(0), questions: VecDeque::new() });
+            Some(Connection { protocol, peer: None, stable: Stable::default(), questions: VecDeque::new() });
     }
 
     /// What the next primary is told of the disks.
-    pub fn set_standing(&mut self, disks: Vec<DiskStanding>) {
+    fn set_standing(&mut self, disks: Vec<DiskStanding>) {
         self.config.standing.disks = disks;
     }
 
@@ -210,11 +280,29 @@ impl Intake {
         Ok(())
     }
 
+    /// Those who carry out commits say something.
+    ///
+    /// # Errors
+    /// The connection is over.
+    pub fn hear(&mut self, news: News) -> Result<(), LinkEnd> {
+        match news {
+            News::Applied(bytes) => self.applied(bytes),
+            News::Compared(question, answer) => self.compared(question, answer),
+            News::Stable { ackable, durable } => self.stable(ackable, durable),
+            News::Verified(epoch, found) => self.verified(epoch, &found),
+            News::Standing(disks) => {
+                self.set_standing(disks);
+                Ok(())
+            }
+            News::DiskFailed { why, lost } => self.disk_failed(why, lost),
+        }
+    }
+
     /// The applier put this many committed bytes into the standby's memory: acknowledgements may be due.
     ///
     /// # Errors
     /// The connection is over.
-    pub fn applied(&mut self, bytes: usize) -> Result<(), LinkEnd> {
+    fn applied(&mut self, bytes: usize) -> Result<(), LinkEnd> {
         self.commits.applied(bytes);
         self.acknowledge()
     }
@@ -223,7 +311,7 @@ impl Intake {
     ///
     /// # Errors
     /// The connection is over.
-    pub fn compared(&mut self, question: Question, answer: PiecesWanted) -> Result<(), LinkEnd> {
+    fn compared(&mut self, question: Question, answer: PiecesWanted) -> Result<(), LinkEnd> {
         let Some(connection) = &mut self.connection else { return Ok(()) };
         let Some((_, waiting)) = connection.questions.iter_mut().find(|(asked, _)| *asked == question) else {
             return Ok(());
@@ -236,23 +324,15 @@ impl Intake {
         Ok(())
     }
 
-    /// As far as disks are concerned, epochs up to `ackable` may be acknowledged, and a power cut leaves those up to `durable`. What the disks' thread
-    /// says of another generation comes late: its epochs are not those that this connection numbers.
+    /// See [`Stable::hear`].
     ///
     /// # Errors
     /// The connection is over.
-    pub fn stable(&mut self, ackable: Point, durable: Point) -> Result<(), LinkEnd> {
+    fn stable(&mut self, ackable: Point, durable: Point) -> Result<(), LinkEnd> {
         let Some(connection) = &mut self.connection else { return Ok(()) };
         let Some(generation) = connection.peer.as_ref().map(|peer| peer.generation) else { return Ok(()) };
-        if ackable.generation == generation {
-            self.commits.durable(ackable.epoch);
-        }
-        if durable.generation == generation
-            && connection.base.is_some_and(|base| durable.epoch >= base)
-            && durable.epoch > connection.durable
-        {
-            connection.durable = durable.epoch;
-            connection.protocol.durable(durable.epoch)?;
+        if let Some(epoch) = connection.stable.hear(generation, (ackable, durable), &mut self.commits) {
+            connection.protocol.durable(epoch)?;
         }
         self.acknowledge()
     }
@@ -261,11 +341,9 @@ impl Intake {
     ///
     /// # Errors
     /// The connection is over.
-    pub fn verified(&mut self, epoch: Epoch, found: &Verified) -> Result<(), LinkEnd> {
+    fn verified(&mut self, epoch: Epoch, found: &Verified) -> Result<(), LinkEnd> {
         match &mut self.connection {
-            Some(connection) if connection.base.is_some_and(|base| epoch >= base) => {
-                Ok(connection.protocol.verified(epoch, found)?)
-            }
+            Some(connection) if connection.stable.includes(epoch) => Ok(connection.protocol.verified(epoch, found)?),
             _ => Ok(()),
         }
     }
@@ -274,7 +352,7 @@ impl Intake {
     ///
     /// # Errors
     /// Always: the connection, if there is one, is over.
-    pub fn disk_failed(&mut self, why: String, lost: bool) -> Result<(), LinkEnd> {
+    fn disk_failed(&mut self, why: String, lost: bool) -> Result<(), LinkEnd> {
         if lost {
             self.commits.spoilt();
             self.events.push_back(IntakeEvent::Spoilt(why.clone()));
@@ -346,7 +424,7 @@ impl Intake {
                     // From here on memory holds something that may be worth comparing with.
                     self.config.standing.warm_memory = true;
                     if let Some(connection) = &mut self.connection {
-                        connection.base = Some(epoch);
+                        connection.stable.base_begun(epoch);
                     }
                     self.commits.begin_base();
                     self.inbound.clear();
@@ -466,6 +544,24 @@ mod tests {
             intake.handle_bytes(&bytes).unwrap();
         }
         intake
+    }
+
+    /// What the disks' thread says may come late: of another generation, or of what was before the base of this connection.
+    #[test]
+    fn what_is_stable_is_told_once_and_of_this_connection_s_epochs_only() {
+        let point = |generation, epoch| Point { generation: Generation(generation), epoch: Epoch(epoch) };
+        let (mut stable, mut commits) = (Stable::default(), Commits::new(1 << 20));
+        let mut hear = |stable: &mut Stable, generation, epoch| {
+            let point = point(generation, epoch);
+            stable.hear(Generation(5), (point, point), &mut commits)
+        };
+        assert_eq!(hear(&mut stable, 5, 6), None, "no base has begun");
+        stable.base_begun(Epoch(7));
+        assert_eq!(hear(&mut stable, 5, 6), None, "before the base");
+        assert_eq!(hear(&mut stable, 4, 8), None, "somebody else's epoch");
+        assert_eq!(hear(&mut stable, 5, 8), Some(Epoch(8)));
+        assert_eq!((hear(&mut stable, 5, 8), hear(&mut stable, 5, 7)), (None, None), "it is known");
+        assert_eq!(stable.told(), Some(Epoch(8)));
     }
 
     /// Bad-input corpus, row 17: who may take the place of a connection that is in use.

@@ -15,14 +15,12 @@ use failover::failpoint;
 use mio::net::{TcpListener, TcpStream};
 use mio::{Events, Interest, Poll, Registry, Token, Waker};
 use primary::clock::Clock;
-use replication_proto::{
-    Channel, Comparable, DiskStanding, Epoch, Generation, Greeting, Identity, LinkError, PiecesWanted, Point, Verified,
-};
+use replication_proto::{Channel, Comparable, Generation, Greeting, Identity, LinkError};
 
 use crate::commit::Holding;
 use crate::disk::DiskKeeper;
 use crate::inbound::Inbound;
-use crate::intake::{Intake, IntakeEvent, LinkEnd, Question};
+use crate::intake::{Intake, IntakeEvent, LinkEnd, News};
 use crate::standby::{Applier, take_disk_hashes};
 
 const LISTENER: Token = Token(0);
@@ -43,33 +41,6 @@ pub enum LinkEvent {
     Intake(IntakeEvent),
     /// Someone opened a heartbeat connection; what was read of it comes along.
     Heartbeat(std::net::TcpStream, Bytes),
-}
-
-/// What those who carry out commits tell the link's thread.
-#[derive(Debug)]
-pub enum News {
-    /// So many committed bytes are in the standby's memory or disks: acknowledgements may be due.
-    Applied(usize),
-    /// The answer to a question of the primary's.
-    Compared(Question, PiecesWanted),
-    /// As far as disks are concerned, epochs up to one may be acknowledged, and up to another a power cut leaves them.
-    Stable {
-        /// May be acknowledged.
-        ackable: Point,
-        /// On stable storage.
-        durable: Point,
-    },
-    /// A comparison of both sides as of the end of this epoch is done.
-    Verified(Epoch, Verified),
-    /// What the next primary is to be told of this side's disks.
-    Standing(Vec<DiskStanding>),
-    /// A disk failed.
-    DiskFailed {
-        /// Which file, and what the host said.
-        why: String,
-        /// A committed change is lost.
-        lost: bool,
-    },
 }
 
 /// What the link thread shares with the rest of the process.
@@ -387,14 +358,7 @@ impl Server {
 
     fn receive(&mut self, buffer: &mut [u8]) -> Result<(), LinkEnd> {
         while let Ok(news) = self.news.try_recv() {
-            match news {
-                News::Applied(bytes) => self.intake.applied(bytes)?,
-                News::Compared(question, answer) => self.intake.compared(question, answer)?,
-                News::Stable { ackable, durable } => self.intake.stable(ackable, durable)?,
-                News::Verified(epoch, found) => self.intake.verified(epoch, &found)?,
-                News::Standing(disks) => self.intake.set_standing(disks),
-                News::DiskFailed { why, lost } => self.intake.disk_failed(why, lost)?,
-            }
+            self.intake.hear(news)?;
         }
         for _ in 0..READS_AT_ONCE {
             self.transmit()?;

@@ -1,10 +1,11 @@
-//! The link's handle on the thread that has the disks, and what of the protocol is answered there.
+//! The link's handle on the thread that has the disks, and what of the protocol is answered there. What it answers is pure and stands alone: the
+//! simulator's disks answer the same.
 
 use std::io;
 use std::sync::Arc;
 
-use primary::disk::DiskSet;
 use primary::disk::set::Waiting;
+use primary::disk::{DirtyMap, DiskSet};
 use primary::verify::{self, Part, hash_disk};
 use replication_proto::limits::{DISK_PIECE_BYTES, MAX_DIRTY_BYTES};
 use replication_proto::{
@@ -12,10 +13,11 @@ use replication_proto::{
 };
 use vmm::disk::Disk;
 
-use super::sink::{DiskSink, SinkEvent};
+use super::sink::DiskSink;
+use super::turn::{Command, SinkEvent};
 use super::worker::{Retire, SinkError};
-use crate::intake::Question;
-use crate::link::{LinkHandle, News};
+use crate::intake::{News, Question};
+use crate::link::LinkHandle;
 
 /// Hands what concerns disks to their thread. A machine without disks has none.
 #[derive(Clone)]
@@ -32,14 +34,8 @@ impl DiskKeeper {
     pub fn start(disks: Option<Waiting>, journal_limit: u64, link: LinkHandle) -> io::Result<Self> {
         let Some(Waiting { disks, journal }) = disks else { return Ok(Self { sink: None, link }) };
         let told = link.clone();
-        let sink = DiskSink::start(disks, journal, journal_limit, move |event| match event {
-            SinkEvent::Based(point) => told.tell(News::Stable { ackable: point, durable: point }),
-            SinkEvent::Progress { ackable, durable, applied } => {
-                told.tell(News::Applied(applied));
-                told.tell(News::Stable { ackable, durable });
-            }
-            SinkEvent::Failed { why, lost } => told.tell(News::DiskFailed { why, lost }),
-        })?;
+        let tell = move |event| news_of(event).for_each(|news| told.tell(news));
+        let sink = DiskSink::start(disks, journal, journal_limit, tell)?;
         let keeper = Self { sink: Some(Arc::new(sink)), link };
         keeper.tell_standing();
         Ok(keeper)
@@ -47,13 +43,7 @@ impl DiskKeeper {
 
     /// What the images hold, as it is said in a greeting.
     pub fn standing(&self) -> Vec<DiskStanding> {
-        let maps = self.sink.iter().flat_map(|sink| sink.maps());
-        maps.map(|map| DiskStanding {
-            base: map.base(),
-            was_owner: map.has_run(),
-            dirty: map.dirty().encode_within(MAX_DIRTY_BYTES).into(),
-        })
-        .collect()
+        self.sink.iter().flat_map(|sink| standing(sink.maps())).collect()
     }
 
     /// A connection begins or has ended: what is said in the next greeting. The base of an exact image is behind what is committed, which costs a few
@@ -74,14 +64,14 @@ impl DiskKeeper {
     /// A base begins: the images may become a mixture until it is committed.
     pub fn begin_base(&self) {
         if let Some(sink) = &self.sink {
-            sink.hollow();
+            sink.order(Command::Hollow);
         }
     }
 
     /// A piece of a base that is not committed.
     pub fn apply_hollow(&self, change: DiskChange) {
         if let Some(sink) = &self.sink {
-            sink.put(change);
+            sink.order(Command::Put(change));
         }
     }
 
@@ -89,25 +79,13 @@ impl DiskKeeper {
     pub fn compare(&self, question: Question, ask: PieceHashes) {
         let Some(sink) = &self.sink else { return };
         let link = self.link.clone();
-        sink.look(move |images| {
-            link.tell(match compare(images, &ask) {
-                Ok(answer) => News::Compared(question, answer),
-                Err(error) => News::DiskFailed { why: unreadable(&error), lost: false },
-            });
-        });
+        sink.look(move |images| link.tell(answer(images, question, &ask)));
     }
 
     /// A checkpoint is committed.
     pub fn apply(&self, point: Point, kind: CheckpointKind, changes: DiskChanges) {
-        let Some(sink) = &self.sink else { return };
-        match kind {
-            CheckpointKind::Base => {
-                let weight = changes.weight();
-                changes.changes.into_iter().for_each(|change| sink.put(change));
-                sink.based(point);
-                self.link.tell(News::Applied(weight));
-            }
-            CheckpointKind::Delta => sink.commit(point, changes),
+        if let Some(sink) = &self.sink {
+            sink.order(Command::committed(point, kind, changes));
         }
     }
 
@@ -144,6 +122,36 @@ impl DiskKeeper {
     }
 }
 
+/// What disks with these maps hold, as it is said in a greeting.
+pub fn standing(maps: &[Arc<DirtyMap>]) -> Vec<DiskStanding> {
+    let standing = |map: &Arc<DirtyMap>| DiskStanding {
+        base: map.base(),
+        was_owner: map.has_run(),
+        dirty: map.dirty().encode_within(MAX_DIRTY_BYTES).into(),
+    };
+    maps.iter().map(standing).collect()
+}
+
+/// What the connection is told of what the disks' thread says, in order.
+pub fn news_of(event: SinkEvent) -> impl Iterator<Item = News> {
+    let news = match event {
+        SinkEvent::Based(point) => [Some(News::Stable { ackable: point, durable: point }), None],
+        SinkEvent::Progress { ackable, durable, applied } => {
+            [Some(News::Applied(applied)), Some(News::Stable { ackable, durable })]
+        }
+        SinkEvent::Failed { why, lost } => [Some(News::DiskFailed { why, lost }), None],
+    };
+    news.into_iter().flatten()
+}
+
+/// The answer to a question of the primary's: which of these pieces differ in the images.
+pub fn answer(images: &[Arc<dyn Disk>], question: Question, ask: &PieceHashes) -> News {
+    match compare(images, ask) {
+        Ok(answer) => News::Compared(question, answer),
+        Err(error) => News::DiskFailed { why: unreadable(&error), lost: false },
+    }
+}
+
 fn unreadable(error: &io::Error) -> String {
     format!("an image cannot be read: {error}")
 }
@@ -160,11 +168,7 @@ fn hashes_here(images: &[Arc<dyn Disk>], hashes: &PieceHashes) -> io::Result<Pie
     hash_disk(&**image, Part { of: hashes.of, first: hashes.first, count })
 }
 
-/// Which of these pieces differ in the images.
-///
-/// # Errors
-/// The host's, or there are no such pieces.
-pub fn compare(images: &[Arc<dyn Disk>], ask: &PieceHashes) -> io::Result<PiecesWanted> {
+fn compare(images: &[Arc<dyn Disk>], ask: &PieceHashes) -> io::Result<PiecesWanted> {
     let ours = hashes_here(images, ask)?;
     let wanted = ask.hashes.iter().zip(&ours.hashes).map(|(theirs, ours)| theirs != ours).collect();
     Ok(PiecesWanted { of: ask.of, first: ask.first, wanted })

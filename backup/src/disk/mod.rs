@@ -2,6 +2,7 @@
 //!
 //! * [`flow`]: what may be added, synced, acknowledged and applied now; pure
 //! * [`worker`]: carries that out on journal, images and maps
+//! * [`turn`]: command by command, and what is told of it; pure but for the files
 //! * [`sink`]: its thread, and what the rest of the backup says to it
 //! * [`keeper`]: the link's handle on that thread
 //!
@@ -14,10 +15,12 @@ pub mod sink;
 #[cfg(test)]
 #[path = "../../../primary/src/disk/testing.rs"]
 pub mod testing;
+pub mod turn;
 pub mod worker;
 
 pub use flow::{Flow, Order};
 pub use keeper::DiskKeeper;
 pub use primary::disk::{Journal, JournalError, Record};
-pub use sink::{DiskSink, SinkEvent};
+pub use sink::DiskSink;
+pub use turn::{Command, SinkEvent, Turn};
 pub use worker::{Retire, SinkError, Worker};

@@ -24,8 +24,8 @@ use crate::activate::{Activated, Waiting, activate};
 use crate::commit::Commits;
 use crate::disk::DiskKeeper;
 use crate::inbox::Inbox;
-use crate::intake::{Intake, IntakeEvent, LinkEnd};
-use crate::link::{LinkBuilder, LinkEvent, LinkHandle, News};
+use crate::intake::{Intake, IntakeEvent, LinkEnd, News};
+use crate::link::{LinkBuilder, LinkEvent, LinkHandle};
 use crate::standby::{AppliedNews, Standby};
 
 pub mod course;

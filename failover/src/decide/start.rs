@@ -103,6 +103,17 @@ impl Core {
             && self.standby.committed.is_none()
             && self.detector.watched().is_none()
             && !self.stale
-            && self.in_sync_is_dead()
+            && (self.in_sync_is_dead() || self.owned_by_a_former_life())
+    }
+
+    /// The right to run went to an earlier process of this node, late: its request was carried out after this one had looked. Nobody may take over,
+    /// and this process would have booted if it had begun now.
+    fn owned_by_a_former_life(&self) -> bool {
+        self.known.as_ref().is_some_and(|known| {
+            let owner = &known.record.owner;
+            owner.node == self.config.me.node
+                && owner.incarnation != self.config.me.incarnation
+                && known.record.in_sync.is_none()
+        })
     }
 }

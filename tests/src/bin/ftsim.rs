@@ -169,10 +169,10 @@ const BROKEN: [(replication_proto::mutant::Mutant, u64, bool); 16] = {
     [
         (Mutant::RetireOnSend, 1, false),
         (Mutant::GateOpensOnLinkLoss, 1, false),
-        (Mutant::AckGenerationUnchecked, 111, false),
+        (Mutant::AckGenerationUnchecked, 366, false),
         (Mutant::AckOfAnyIncarnation, 14, false),
         (Mutant::DirtyClearedAfterCopy, 4, false),
-        (Mutant::DeltaIntoStandby, 904, true),
+        (Mutant::DeltaIntoStandby, 524, true),
         (Mutant::AckAfterPromotion, 57, false),
         (Mutant::SoloWithoutCas, 0, false),
         (Mutant::TakeoverWithoutCas, 0, false),
@@ -182,7 +182,7 @@ const BROKEN: [(replication_proto::mutant::Mutant, u64, bool); 16] = {
         (Mutant::AckBeforeStable, 0, true),
         (Mutant::BitAfterWrite, 50, true),
         (Mutant::BaseBeforeImage, 0, true),
-        (Mutant::ReturnersBitsIgnored, 20, true),
+        (Mutant::ReturnersBitsIgnored, 70, true),
     ]
 };
 

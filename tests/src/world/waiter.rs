@@ -6,12 +6,12 @@ use std::time::Duration;
 use backup::activate::{deliver, restore};
 use backup::commit::{Commits, Committed, Holding};
 use backup::inbox::{Inbox, PageBatch};
-use backup::intake::{Intake, IntakeEvent, LinkEnd, Question};
+use backup::intake::{Intake, IntakeEvent, LinkEnd, News, Question};
 use backup::standby::{StandbyMemory, compare};
 use backup::wait::course::{Course, Event as Told, Order};
 use bytes::Bytes;
 use failover::RunPermit;
-use failover::decide::{Action, Input};
+use failover::decide::{Action, Input, StateName};
 use failover::exit::ExitCode;
 use primary::host::Flow;
 use primary::setup::{facts, ram_layout};
@@ -25,7 +25,7 @@ use vmm::Machine;
 use super::Nanos;
 use super::env::{Env, Event};
 use super::guest::SimMachine;
-use super::keeper::{Keeper, News};
+use super::keeper::{Keeper, Told as Disks};
 use super::net::{ConnId, End, Packet};
 use super::owner::OwnerPart;
 use super::process::{Base, Beat, Ending, Part};
@@ -53,6 +53,10 @@ pub struct WaiterPart {
     keeper: Option<Keeper>,
     /// When the disks' thread wakes.
     disk_at: Option<Nanos>,
+    /// What the link's thread will hear of the disks when it looks next.
+    standing: Option<News>,
+    /// Somebody decides who runs the guest.
+    contends: bool,
     memory: StandbyMemory,
     jobs: VecDeque<Job>,
     /// The applier's thread sleeps until an event wakes it.
@@ -91,6 +95,8 @@ impl WaiterPart {
             machine,
             keeper,
             disk_at: None,
+            standing: None,
+            contends: false,
             memory: StandbyMemory::default(),
             jobs: VecDeque::new(),
             applier_waits: false,
@@ -127,6 +133,10 @@ impl WaiterPart {
             return ending;
         }
         if let Part::Waiting(waiter) = part {
+            let contends = base.decider.state() == StateName::TakingOver;
+            if !std::mem::replace(&mut waiter.contends, contends) && contends {
+                waiter.hurry_disks();
+            }
             let raised = waiter.intake.raise_generation(base.decider.identity().generation);
             waiter.settle(raised, base, env);
         }
@@ -274,6 +284,7 @@ impl WaiterPart {
 
     /// Something arrived on a connection.
     pub fn arrived(&mut self, conn: ConnId, packet: &Packet, base: &mut Base, env: &mut Env) {
+        self.hear_standing();
         if let Some(at) = self.strangers.iter().position(|(c, _)| *c == conn) {
             return self.greet(at, packet, base, env);
         }
@@ -375,15 +386,27 @@ impl WaiterPart {
         env.ghost.seen.refusals += u64::from(!matches!(end, LinkEnd::EndOfFile | LinkEnd::Io(_) | LinkEnd::Displaced));
         if self.intake.is_connected() {
             self.intake.end(end);
-            if let Some(keeper) = &self.keeper {
-                self.intake.set_standing(keeper.standing());
-            }
+            self.hurry_disks();
+            self.standing = self.keeper.as_ref().map(|keeper| News::Standing(keeper.standing()));
             self.transmit(env);
         }
         if let Some(data) = self.data.take() {
             env.hang_up(data, End::Callee);
         }
         self.pass_on(base, env);
+    }
+
+    /// The connection that displaced another is greeted before: what it is told then is older.
+    fn hear_standing(&mut self) {
+        if let Some(news) = self.standing.take() {
+            self.intake.hear(news).expect("no connection ends by that");
+        }
+    }
+
+    fn hurry_disks(&mut self) {
+        if let Some(keeper) = &mut self.keeper {
+            keeper.hurry();
+        }
     }
 
     fn transmit(&mut self, env: &mut Env) {
@@ -452,9 +475,9 @@ impl WaiterPart {
     pub fn applier(&mut self, base: &mut Base, env: &mut Env) {
         self.applier_waits = false;
         let (bytes, answers) = self.apply_all();
-        let mut served = self.intake.applied(bytes);
+        let mut served = self.intake.hear(News::Applied(bytes));
         for (question, answer) in answers {
-            served = served.and_then(|()| self.intake.compared(question, answer));
+            served = served.and_then(|()| self.intake.hear(News::Compared(question, answer)));
         }
         self.settle(served, base, env);
     }
@@ -478,36 +501,34 @@ impl WaiterPart {
         }
         self.disk_at = None;
         let Some(keeper) = &mut self.keeper else { return };
-        let mut news = Vec::new();
+        let mut told = Vec::new();
         for _ in 0..4 {
-            keeper.turn(base.local(env.now), &mut news);
-            if news.iter().any(|news| matches!(news, News::Based(_))) {
+            keeper.turn(base.local(env.now), &mut told);
+            if told.iter().any(|told| matches!(told, Disks::Based(_))) {
                 // The image is compared as it is now.
                 break;
             }
         }
         let mut served = Ok(());
-        for news in news {
+        for told in told {
             if served.is_err() {
                 // The thread of the link looks again after it has ended the connection.
                 self.settle(std::mem::replace(&mut served, Ok(())), base, env);
             }
-            served = match news {
-                News::Applied(bytes) => self.intake.applied(bytes),
-                News::Compared(question, answer) => self.intake.compared(question, answer),
-                News::Stable(ackable, durable) => self.intake.stable(ackable, durable),
-                News::Failed(why, lost) => {
-                    env.note(|| format!("{}: {why}; something is lost: {lost}", base.me));
-                    self.intake.disk_failed(why, lost)
+            match told {
+                Disks::News(news) => {
+                    if let News::DiskFailed { why, lost } = &news {
+                        env.note(|| format!("{}: {why}; something is lost: {lost}", base.me));
+                    }
+                    served = self.intake.hear(news);
                 }
-                News::Based(point) => {
+                Disks::Based(point) => {
                     let owner = self.owner.and_then(|incarnation| env.life_of(incarnation));
                     if let (Some(owner), Some(image)) = (owner, env.image(base.who.node)) {
                         env.ghost.disk_based(base.who, owner, point.epoch.0, &image);
                     }
-                    Ok(())
                 }
-            };
+            }
         }
         self.settle(served, base, env);
     }

@@ -78,6 +78,58 @@ fn a_backup_whose_base_is_faster_than_the_arbiters_first_answer_is_in_sync() {
     assert!(actions.iter().any(|a| matches!(a, Action::Arbiter { request: ArbiterRequest::Cas { .. }, .. })));
 }
 
+/// Found by the simulator (seed 747): a takeover's request was carried out after the process that had made it was gone and its successor had offered
+/// itself as the backup; the former owner was gone, too. The record named nobody who lived, and both sides waited for ever.
+#[test]
+fn start_whoever_finds_that_a_former_life_was_granted_the_guest_late_boots_it() {
+    let (me, former, peer) = (node_ref(A, 3), node_ref(A, 2), node_ref(B, 1));
+    let late = |role, cold_start, in_sync| {
+        let mut core = Core::new(CoreConfig {
+            vm: VM,
+            me: me.clone(),
+            peer: peer.node.clone(),
+            role,
+            highest_generation: Generation(5),
+            on_backup_loss: OnBackupLoss::Solo,
+            cold_start,
+            rejoin: Rejoin::default(),
+            force_cold_boot: false,
+            timers: CoreTimers::default(),
+        });
+        let record = |generation, owner: &NodeRef, in_sync: Option<&NodeRef>| Record {
+            v: RECORD_VERSION,
+            cluster_id: VM,
+            generation: Generation(generation),
+            owner: owner.clone(),
+            in_sync: in_sync.cloned(),
+            reason: Reason::Takeover,
+            written_by: owner.clone(),
+            note: String::new(),
+        };
+        let read = |revision, record| Answer::Read(Ok(Some(Versioned { revision: Revision(revision), record })));
+        core.handle(Input::Started, ms(0));
+        // A backup offers itself at once, and asks in the same breath.
+        let before = record(5, &peer, Some(&former));
+        core.handle(Input::Arbiter { op: OpId(1), answer: read(7, before) }, ms(10));
+        assert_eq!(core.state_name(), StateName::Standby);
+        core.handle(Input::Tick, ms(60_000));
+        let after = record(6, &former, in_sync);
+        let actions = core.handle(Input::Arbiter { op: OpId(2), answer: read(8, after) }, ms(60_001));
+        let wants = |action: &Action| match action {
+            Action::Arbiter { request: ArbiterRequest::Cas { expected, record }, .. } => {
+                assert_eq!((*expected, record.generation), (Some(Revision(8)), Generation(7)));
+                true
+            }
+            _ => false,
+        };
+        actions.iter().any(wants)
+    };
+    assert!(late(Role::Primary, ColdStart::Owner, None));
+    assert!(!late(Role::Backup, ColdStart::Owner, None), "a backup boots nothing");
+    assert!(!late(Role::Primary, ColdStart::Never, None), "nor does anybody whom the policy forbids it");
+    assert!(!late(Role::Primary, ColdStart::Owner, Some(&peer)), "whoever is in sync may take over");
+}
+
 #[test]
 fn start_of_two_primaries_one_owns_and_the_other_becomes_its_backup() {
     let mut world = World::new();

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use backup::commit::Commits;
 use backup::inbox::Inbox;
+use backup::intake::Stable;
 use primary::disk::copy::DiskCopy;
 use primary::disk::{DiskChanges, Epoch, Generation, Point};
 use replication_proto::{CheckpointKind, EndOfCheckpoint, EpochDigest, Incarnation};
@@ -12,7 +13,7 @@ use vmm::disk::Disk;
 
 use super::ghost::Snapshot;
 use crate::explore::world::print_of;
-use crate::world::keeper::{Keeper, News};
+use crate::world::keeper::{Keeper, Told};
 use crate::world::storage::{HostFiles, OpenDisks};
 
 /// Sectors of a piece.
@@ -56,14 +57,14 @@ pub struct Owner {
 pub struct Waiter {
     /// The files.
     pub disks: OpenDisks,
-    /// The real worker.
+    /// The real turn of the disks' thread.
     pub keeper: Keeper,
     /// The real rule which acknowledgements are due.
     pub commits: Commits,
     /// What it could run from.
     pub holding: Option<Point>,
-    /// What the owner was told to be on stable storage.
-    pub told: Option<Point>,
+    /// The real rule what of this connection is on stable storage, and what the owner was told of it.
+    pub stable: Stable,
 }
 
 /// What runs on a host.
@@ -169,7 +170,7 @@ impl Waiter {
     pub fn new(mut disks: OpenDisks) -> Self {
         let (waiting, journal) = disks.waiting.take().expect("just opened");
         let keeper = Keeper::new(waiting, journal, disks.journal_bytes);
-        Self { disks, keeper, commits: Commits::new(usize::MAX), holding: None, told: None }
+        Self { disks, keeper, commits: Commits::new(usize::MAX), holding: None, stable: Stable::default() }
     }
 
     /// A checkpoint arrived whole.
@@ -203,9 +204,9 @@ impl Waiter {
     }
 
     /// The disks' thread does the next thing.
-    pub fn turn(&mut self, now: Duration) -> Vec<News> {
-        let mut news = Vec::new();
-        self.keeper.turn(now, &mut news);
-        news
+    pub fn turn(&mut self, now: Duration) -> Vec<Told> {
+        let mut told = Vec::new();
+        self.keeper.turn(now, &mut told);
+        told
     }
 }

@@ -5,6 +5,7 @@ use std::fmt;
 use std::time::Duration;
 
 use backup::disk::Retire;
+use backup::intake::{News, Question, Stable};
 use primary::bulk::blocks_to_look_at;
 use primary::disk::copy::{DiskCopy, DiskStep};
 use primary::disk::{DiskChanges, Epoch, Generation, Point};
@@ -16,7 +17,7 @@ use super::ghost::Ghost;
 use super::node::{Node, Owner, PIECES, Process, Session, Waiter};
 use super::op::{Op, Step};
 use crate::explore::world::print_of;
-use crate::world::keeper::News;
+use crate::world::keeper::Told;
 use crate::world::storage::HostFiles;
 
 /// Why a state is wrong.
@@ -157,7 +158,10 @@ impl World {
             (self.used.cuts > 0, "power cut"),
             (self.used.cuts > 0 && owner.is_some_and(|o| o.generation > 1) && self.used.takeovers == 0, "booted anew"),
             (owner.is_some_and(|owner| !owner.held.is_empty()), "output held"),
-            (self.nodes.iter().any(|node| node.waiter().is_some_and(|w| w.told.is_some())), "told of stable storage"),
+            (
+                self.nodes.iter().any(|node| node.waiter().is_some_and(|w| w.stable.told().is_some())),
+                "told of stable storage",
+            ),
         ];
         sights.extend(seen.iter().filter(|(is, _)| *is).map(|(_, name)| *name));
         sights
@@ -462,8 +466,9 @@ impl World {
         let waiter = self.waiter(1 - node);
         waiter.commits.begin_base();
         waiter.keeper.begin_base();
-        (waiter.holding, waiter.told) = (None, None);
+        (waiter.holding, waiter.stable) = (None, Stable::default());
         let first = Epoch(self.owner(node).last + 1);
+        self.waiter(1 - node).stable.base_begun(first);
         let owner = &self.owner(node).disks.owner;
         owner.begin_log(first);
         let mut copy = DiskCopy::begin(&**owner, &blocks_to_look_at(owner, &standing));
@@ -482,14 +487,14 @@ impl World {
             }
             let keeper = &mut self.waiter(1 - node).keeper;
             match step.map_err(|e| e.to_string())? {
-                DiskStep::Ask(ask) => keeper.compare(backup::intake::Question(0), ask),
+                DiskStep::Ask(ask) => keeper.compare(Question(0), ask),
                 DiskStep::Send(changes) => changes.into_iter().for_each(|change| keeper.apply_hollow(change)),
                 DiskStep::Await => return Err("a question is not answered".into()),
                 DiskStep::Few | DiskStep::End => return Ok(()),
             }
             while self.waiter(1 - node).keeper.patience(Duration::ZERO) == Some(Duration::ZERO) {
-                let news = self.waiter(1 - node).turn(Duration::ZERO);
-                for news in self.told(1 - node, news)? {
+                let told = self.waiter(1 - node).turn(Duration::ZERO);
+                for news in self.hear_disks(1 - node, told)? {
                     if let Comparable::Disk(disk) = news.of {
                         copy.answered(disk, &news);
                     }
@@ -560,23 +565,24 @@ impl World {
 
     fn disk(&mut self, node: usize, now: Duration) -> Result<(), Violation> {
         self.nodes[node].note(("disk", now));
-        let news = self.waiter(node).turn(now);
-        self.told(node, news).map(|_| ())
+        let told = self.waiter(node).turn(now);
+        self.hear_disks(node, told).map(|_| ())
     }
 
     /// What the disks' thread says is carried out. Hands back answers to questions.
-    fn told(&mut self, node: usize, news: Vec<News>) -> Result<Vec<replication_proto::PiecesWanted>, Violation> {
+    fn hear_disks(&mut self, node: usize, told: Vec<Told>) -> Result<Vec<replication_proto::PiecesWanted>, Violation> {
         let mut answers = Vec::new();
-        for news in news {
-            match news {
-                News::Applied(bytes) => self.waiter(node).commits.applied(bytes),
-                News::Compared(_, answer) => answers.push(answer),
-                News::Based(point) => {
+        for told in told {
+            match told {
+                Told::Based(point) => {
                     let image = self.nodes[node].files.image();
                     self.ghost.based((point.generation.0, point.epoch.0), &image)?;
                 }
-                News::Stable(ackable, durable) => self.stable(node, ackable, durable),
-                News::Failed(why, _) => self.must::<(), _>(node, Err(why), "the disks fail")?,
+                Told::News(News::Applied(bytes)) => self.waiter(node).commits.applied(bytes),
+                Told::News(News::Compared(_, answer)) => answers.push(answer),
+                Told::News(News::Stable { ackable, durable }) => self.stable(node, ackable, durable),
+                Told::News(News::DiskFailed { why, .. }) => self.must::<(), _>(node, Err(why), "the disks fail")?,
+                Told::News(other) => return Err(format!("the disks' thread says {other:?}")),
             }
         }
         if !self.nodes[node].files.supply.is_off() {
@@ -585,18 +591,14 @@ impl World {
         Ok(answers)
     }
 
-    /// As `backup::intake` does.
     fn stable(&mut self, node: usize, ackable: Point, durable: Point) {
-        let generation = self.record.map_or(0, |record| record.generation);
-        let open = self.link.open && self.link.from == Some(1 - node);
-        let waiter = self.waiter(node);
-        if open && ackable.generation.0 == generation {
-            waiter.commits.durable(ackable.epoch);
+        if !self.link.open || self.link.from != Some(1 - node) {
+            return;
         }
-        let news = waiter.told.is_none_or(|told| told < durable);
-        if open && news && durable.generation.0 == generation {
-            waiter.told = Some(durable);
-            self.link.up.push_back(Up::Durable(durable.epoch.0));
+        let generation = Generation(self.owner(1 - node).generation);
+        let waiter = self.waiter(node);
+        if let Some(epoch) = waiter.stable.hear(generation, (ackable, durable), &mut waiter.commits) {
+            self.link.up.push_back(Up::Durable(epoch.0));
         }
     }
 
