@@ -108,7 +108,7 @@ mod tests {
         let page = PageIndex(3);
         let ram = RamLayout::new(vec![PageRange { first: PageIndex(0), pages: 8 }]).unwrap();
         let mut history = PageHistory::new(&ram);
-        let mut send = |history: &mut PageHistory| {
+        let send = |history: &mut PageHistory| {
             let kept = history.is_worth_keeping(page);
             if kept {
                 history.keep(page, &[1; PAGE_BYTES]);

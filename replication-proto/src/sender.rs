@@ -12,8 +12,7 @@ use crate::history::PageHistory;
 use crate::ids::{Epoch, Generation, Identity, PageIndex};
 use crate::limits::{
     HEADER_BYTES, MAX_BASE_PASSES, MAX_DISK_CHANGES_PER_EPOCH, MAX_DISKS, MAX_IN_FLIGHT, MAX_INBOUND_BYTES,
-    MAX_PAGES_PER_MESSAGE, MAX_PIECES_PER_MESSAGE, MAX_QUESTIONS, MAX_SECTION_BYTES, MAX_SECTIONS_PER_EPOCH,
-    PAGE_BYTES,
+    MAX_PIECES_PER_MESSAGE, MAX_QUESTIONS, MAX_SECTION_BYTES, MAX_SECTIONS_PER_EPOCH, PAGE_BYTES,
 };
 use crate::message::{
     Channel, CheckpointKind, EndOfCheckpoint, Features, Goodbye, GoodbyeReason, Hello, NO_GENERATION, Refuse,
@@ -27,7 +26,7 @@ use crate::wire::disk as wire_disk;
 use crate::wire::frame::{Frame, FrameReader, FrameWriter};
 use crate::wire::header::{Header, MessageType};
 use crate::wire::messages;
-use crate::wire::pages::{Part, Plan};
+use crate::wire::pages::{Part, Plan, messages_of};
 use crate::wire::zstd::Encoder;
 
 /// What a [`Sender`] is and may do.
@@ -304,7 +303,7 @@ impl Sender {
             for (indexes, bytes) in messages_of(indexes, bytes) {
                 let Some((epoch, plan)) = this.plan_pages(indexes, bytes)? else { continue };
                 let parts = plan.body();
-                let body: usize = parts.iter().map(part_bytes).sum();
+                let body: usize = parts.iter().map(Part::bytes).sum();
                 let mut frame = BytesMut::with_capacity(HEADER_BYTES + plan.head_bytes() + body);
                 frame.resize(HEADER_BYTES, 0);
                 plan.put_head(&mut frame, false);
@@ -651,13 +650,6 @@ impl Sender {
     }
 }
 
-fn part_bytes(part: &Part) -> usize {
-    match part {
-        Part::Pages(range) => range.len(),
-        Part::Patches(patches) => patches.len(),
-    }
-}
-
 /// Whether these pieces exist; there is at least one.
 pub(crate) fn pieces_exist(ram: &RamLayout, disks: &[u64], of: Comparable, first: u64, count: usize) -> bool {
     let Some(last) = first.checked_add(wide(count)).and_then(|end| end.checked_sub(1)).filter(|last| *last >= first)
@@ -668,14 +660,6 @@ pub(crate) fn pieces_exist(ram: &RamLayout, disks: &[u64], of: Comparable, first
         Comparable::Memory => (first..=last).all(|page| ram.contains(PageIndex(page))),
         Comparable::Disk(disk) => disks.get(usize::from(disk)).is_some_and(|bytes| last < disk_pieces(*bytes)),
     }
-}
-
-/// Splits pages into what fits one message each.
-fn messages_of<'a>(
-    indexes: &'a [PageIndex],
-    bytes: &'a [u8],
-) -> impl Iterator<Item = (&'a [PageIndex], &'a [u8])> + use<'a> {
-    indexes.chunks(MAX_PAGES_PER_MESSAGE).zip(bytes.chunks(MAX_PAGES_PER_MESSAGE * PAGE_BYTES))
 }
 
 /// Each frame of a backup is of our VM and, once accepted, of the process that accepted and of our generation. A higher generation means

@@ -78,6 +78,23 @@ pub(crate) enum Part {
     Patches(Bytes),
 }
 
+impl Part {
+    pub(crate) fn bytes(&self) -> usize {
+        match self {
+            Self::Pages(range) => range.len(),
+            Self::Patches(patches) => patches.len(),
+        }
+    }
+}
+
+/// Splits pages into what fits one message each.
+pub(crate) fn messages_of<'a>(
+    indexes: &'a [PageIndex],
+    bytes: &'a [u8],
+) -> impl Iterator<Item = (&'a [PageIndex], &'a [u8])> + use<'a> {
+    indexes.chunks(MAX_PAGES_PER_MESSAGE).zip(bytes.chunks(MAX_PAGES_PER_MESSAGE * PAGE_BYTES))
+}
+
 impl Plan {
     /// For these pages, `bytes` one after the other. With a history, pages that it has are patched and others enter it.
     pub(crate) fn new(indexes: &[PageIndex], bytes: &[u8], mut history: Option<&mut PageHistory>) -> Self {
