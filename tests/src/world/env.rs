@@ -516,9 +516,12 @@ impl Env {
         }
     }
 
-    /// Somebody was just told of a flush: it must be found in the files of everybody who could run the guest, even if their power failed now.
-    fn examine(&mut self, owner: Who) {
+    /// Somebody was just told of a flush: it must be found in the files of everybody who could run the guest, even if their power failed now. What a
+    /// superseded side let out was covered by the other one, and its own image is undone when it returns.
+    fn examine(&mut self, speaker: Who) {
         let Some(hosts) = &self.hosts else { return };
+        let recorded = self.register.record().and_then(|record| self.births.get(&record.owner.incarnation.0));
+        let owner = recorded.copied().unwrap_or(speaker);
         let mut nodes = vec![owner.node];
         if let Some(record) = self.register.record()
             && self.ghost.could_take_over(record)
