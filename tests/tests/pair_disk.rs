@@ -78,7 +78,8 @@ fn cold_boot(scene: &mut Scene) -> Result<()> {
 /// Both sides are compared while the guest works; a block of the backup's image that changed behind everybody's back is found and named. That is what a bit
 /// that is lost from a map would leave: a difference that no synchronisation looks at.
 fn compared(scene: &mut Scene) -> Result<()> {
-    let options = PairOptions { cmdline: "appendfsync=always dirty=1000".into(), ..options(scene) };
+    let cmdline = "appendfsync=always dirty=1000".into();
+    let options = PairOptions { disks: vec![DISK_BYTES], cmdline, ..scene.patient_options() };
     let pair = scene.protected(&options)?;
     let writer = pair.start_writer(WriterConfig::default())?;
     wait_acked(&writer, 100)?;

@@ -16,7 +16,7 @@ use crate::real::{Error, Node, Result};
 /// A frame's time is when the witness read it, and an event's time is when its line was made.
 const SLACK_US: u64 = 200_000;
 /// How long both sides may take to say of themselves what they are.
-const SAYS_SO: Duration = Duration::from_secs(5);
+const SAYS_SO: Duration = Duration::from_secs(60);
 
 /// How long a client may look for a guest that was booted anew.
 const FOUND: Duration = Duration::from_secs(5);

@@ -1,10 +1,11 @@
 //! One process of the pair.
 
-use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::fs::{self, File};
+use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -66,8 +67,7 @@ impl Daemon {
 
     /// Sends a signal. It must not have been waited for.
     pub fn signal(&self, signal: Signal) -> Result<()> {
-        let id = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw).expect("a process id is positive");
-        kill_process(id, signal).map_err(|e| Error::io(format!("cannot signal {}", self.name))(e.into()))
+        signalled(&self.child, signal).map_err(Error::io(format!("cannot signal {}", self.name)))
     }
 
     /// SIGKILL, and wait until the kernel has taken the process apart. Returns the time of the kill in microseconds.
@@ -155,4 +155,35 @@ pub fn tail(path: &Path) -> String {
         })
     };
     read().unwrap_or_else(|e| format!("(no log: {e})"))
+}
+
+/// Signals a child. After [`Signal::STOP`] none of its threads runs any more: the kernel stops them one by one, and one that answers a request meanwhile
+/// would make a test of what happens to requests wrong.
+pub(super) fn signalled(child: &Child, signal: Signal) -> io::Result<()> {
+    let id = i32::try_from(child.id()).ok().and_then(Pid::from_raw).expect("a process id is positive");
+    kill_process(id, signal)?;
+    let deadline = Instant::now() + STOP_LIMIT;
+    while signal == Signal::STOP && !stands_still(child.id())? {
+        if Instant::now() > deadline {
+            return Err(io::Error::new(io::ErrorKind::TimedOut, "some of its threads do not stop"));
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
+}
+
+/// How long the kernel may take to stop all threads of a process.
+const STOP_LIMIT: Duration = Duration::from_secs(10);
+
+/// Whether no thread of a process runs, or can.
+fn stands_still(process: u32) -> io::Result<bool> {
+    for task in fs::read_dir(format!("/proc/{process}/task"))? {
+        // A thread that has ended meanwhile is none. Its name is in parentheses and may hold anything.
+        let Ok(stat) = fs::read_to_string(task?.path().join("stat")) else { continue };
+        let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
+        if !matches!(state, Some('T' | 't' | 'Z' | 'X')) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 use tempfile::TempDir;
 
 use super::netns::NetNs;
@@ -212,8 +212,7 @@ impl Etcd {
     /// If it was killed.
     pub fn signal(&self, at: usize, signal: Signal) -> Result<()> {
         let child = self.members[at].child.as_ref().expect("the member runs");
-        let id = i32::try_from(child.id()).ok().and_then(Pid::from_raw).expect("a process id is positive");
-        kill_process(id, signal).map_err(|e| Error::io("cannot signal etcd")(e.into()))
+        daemon::signalled(child, signal).map_err(Error::io("cannot signal etcd"))
     }
 
     /// Kills a member as a crash would.
