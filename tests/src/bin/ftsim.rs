@@ -168,21 +168,21 @@ const BROKEN: [(replication_proto::mutant::Mutant, u64, bool); 16] = {
     use replication_proto::mutant::Mutant;
     [
         (Mutant::RetireOnSend, 1, false),
-        (Mutant::GateOpensOnLinkLoss, 1, false),
-        (Mutant::AckGenerationUnchecked, 366, false),
-        (Mutant::AckOfAnyIncarnation, 14, false),
-        (Mutant::DirtyClearedAfterCopy, 4, false),
-        (Mutant::DeltaIntoStandby, 524, true),
-        (Mutant::AckAfterPromotion, 57, false),
+        (Mutant::GateOpensOnLinkLoss, 3, false),
+        (Mutant::AckGenerationUnchecked, 12, false),
+        (Mutant::AckOfAnyIncarnation, 71, false),
+        (Mutant::DirtyClearedAfterCopy, 76, false),
+        (Mutant::DeltaIntoStandby, 57, true),
+        (Mutant::AckAfterPromotion, 148, false),
         (Mutant::SoloWithoutCas, 0, false),
         (Mutant::TakeoverWithoutCas, 0, false),
         (Mutant::InSyncBeforeHolding, 0, false),
-        (Mutant::UncertainSyncIsFailure, 11, false),
-        (Mutant::PauseForEver, 0, false),
+        (Mutant::UncertainSyncIsFailure, 1024, false),
+        (Mutant::PauseForEver, 16, false),
         (Mutant::AckBeforeStable, 0, true),
-        (Mutant::BitAfterWrite, 50, true),
+        (Mutant::BitAfterWrite, 1, true),
         (Mutant::BaseBeforeImage, 0, true),
-        (Mutant::ReturnersBitsIgnored, 70, true),
+        (Mutant::ReturnersBitsIgnored, 5, true),
     ]
 };
 
