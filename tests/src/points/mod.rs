@@ -28,7 +28,7 @@ use crate::real::{Error, MachineKind, Result};
 use ground::Ground;
 
 /// How long a pause or a stop lasts: longer than the takeover timer.
-pub const STALL: Duration = Duration::from_millis(400);
+pub const STALL: Duration = Duration::from_millis(1_000);
 
 /// What happens at a point.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
