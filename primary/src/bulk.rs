@@ -6,9 +6,8 @@ use std::time::{Duration, Instant};
 use failover::failpoint;
 use replication_proto::mutant::{self, Mutant};
 use replication_proto::{Comparable, Epoch, PieceHashes, PiecesWanted, Standing, piece_hash};
-use vmm::Tracking;
 use vmm::machine::DirtyError;
-use vmm::{Machine, PAGE_SIZE, PageNo};
+use vmm::{Machine, PAGE_SIZE, PageNo, Tracking};
 
 use crate::contention::Vcpus;
 use crate::disk::{BlockSet, DiskCopy, DiskStep, OwnerDisks, differing};

@@ -206,7 +206,7 @@ pub fn stage(
     // 4. Machine state. May itself write guest memory, so it comes before the dirty set.
     let mut sections = paused.capture()?;
     failpoint!(EpochCaptured => return Err(DirtyError { call: "none", source: failpoint::injected() }.into()));
-    // 5. Which pages were written, by the guest and by us.
+    // 5. Which pages were written, by the guest and by us; and those that are written in most epochs, whether they were in this one or not.
     let dirty = paused.take_dirty()?;
     failpoint!(EpochDirty => return Err(NotRam { page: vmm::PageNo(u64::MAX) }.into()));
     // 6. Copy them out; from here on nothing refers to guest memory.

@@ -11,9 +11,8 @@ use crossbeam::channel::{Receiver, Sender, TryRecvError, bounded, select, unboun
 use failover::config::EpochPace;
 use failover::{RunPermit, failpoint};
 use replication_proto::{Epoch, Standing};
-use vmm::Tracking;
 use vmm::machine::{DirtyError, PauseError, RunError};
-use vmm::{Machine, PausedVm};
+use vmm::{Machine, PausedVm, Tracking};
 
 use crate::bulk;
 use crate::clock::Clock;

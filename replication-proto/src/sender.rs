@@ -303,16 +303,11 @@ impl Sender {
             for (indexes, bytes) in messages_of(indexes, bytes) {
                 let Some((epoch, plan)) = this.plan_pages(indexes, bytes)? else { continue };
                 let parts = plan.body();
-                let body: usize = parts.iter().map(Part::bytes).sum();
+                let body: usize = parts.iter().map(|part| part.of(bytes).len()).sum();
                 let mut frame = BytesMut::with_capacity(HEADER_BYTES + plan.head_bytes() + body);
                 frame.resize(HEADER_BYTES, 0);
                 plan.put_head(&mut frame, false);
-                for part in parts {
-                    match part {
-                        Part::Pages(range) => frame.extend_from_slice(&bytes[range]),
-                        Part::Patches(patches) => frame.extend_from_slice(&patches),
-                    }
-                }
+                parts.iter().for_each(|part| frame.extend_from_slice(part.of(bytes)));
                 this.writer.frame_in_place(MessageType::Pages, epoch, frame);
             }
             Ok(())
@@ -632,15 +627,10 @@ impl Sender {
     /// Sends pages compressed, if that saves something.
     fn compressed_pages(&mut self, epoch: Epoch, plan: &Plan, bytes: &[u8]) -> bool {
         let Some(encoder) = &mut self.encoder else { return false };
-        let parts = plan.body();
-        let bytes_of = |part: &Part| match part {
-            Part::Pages(range) => Bytes::copy_from_slice(&bytes[range.clone()]),
-            Part::Patches(patches) => patches.clone(),
-        };
-        let encoded = match &parts[..] {
+        let encoded = match &plan.body()[..] {
             [] => return false,
-            [Part::Pages(range)] => encoder.encode(&bytes[range.clone()]),
-            _ => encoder.encode(&parts.iter().map(bytes_of).collect::<Vec<_>>().concat()),
+            [part] => encoder.encode(part.of(bytes)),
+            parts => encoder.encode(&parts.iter().map(|part| part.of(bytes)).collect::<Vec<_>>().concat()),
         };
         let Some(encoded) = encoded else { return false };
         let mut head = Vec::with_capacity(plan.head_bytes());

@@ -13,8 +13,7 @@ use tests::machine::client::Counter;
 use tests::machine::shadow::Shadow;
 use tests::machine::{Recorder, build, demo_config, demo_guest, no_kvm};
 use tests::real::rng::Rng;
-use vmm::Tracking;
-use vmm::{ClockPolicy, KvmMachine, Machine, MachineConfig, PausedVm, SocketPort};
+use vmm::{ClockPolicy, KvmMachine, Machine, MachineConfig, PausedVm, SocketPort, Tracking};
 
 const DEFAULT_CHECKPOINTS: u64 = 5_000;
 const RESTORE_EVERY: u64 = 100;

@@ -11,9 +11,9 @@ use tests::machine::client::{Counter, say};
 use tests::machine::shadow::Shadow;
 use tests::machine::{Recorder, build_with_disks, demo_config, demo_guest, no_kvm};
 use tests::real::rng::Rng;
-use vmm::Tracking;
 use vmm::{
     ClockPolicy, Disk, DiskConfig, DiskImage, DiskSerial, KvmMachine, Machine, MachineConfig, PausedVm, SocketPort,
+    Tracking,
 };
 
 const DISK_BYTES: u64 = 32 << 20;

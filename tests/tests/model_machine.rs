@@ -12,11 +12,10 @@ use tests::machine::client::Counter;
 use tests::machine::shadow::Shadow;
 use tests::machine::{GUEST_MAC, Recorder};
 use tests::real::rng::Rng;
-use vmm::Tracking;
 use vmm::machine::{PauseError, RestoreError, RunError};
 use vmm::{
     ClockPolicy, FramePort, Machine, MachineConfig, MachineEvent, MachineIo, ModelBuildError, ModelMachine, NicConfig,
-    Outputs, PausedVm, Section, SectionKind, SocketPort,
+    Outputs, PausedVm, Section, SectionKind, SocketPort, Tracking,
 };
 
 /// How long anything may take that takes milliseconds.

@@ -64,7 +64,8 @@ impl HotPages {
     }
 
     /// How many pages are hot.
-    pub fn count(&self) -> usize {
+    #[cfg(test)]
+    fn count(&self) -> usize {
         self.regions.iter().flatten().map(|heat| heat.hot.count_ones() as usize).sum()
     }
 }

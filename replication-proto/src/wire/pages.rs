@@ -79,10 +79,11 @@ pub(crate) enum Part {
 }
 
 impl Part {
-    pub(crate) fn bytes(&self) -> usize {
+    /// Its bytes, out of the pages' own or of the patches.
+    pub(crate) fn of<'a>(&'a self, pages: &'a [u8]) -> &'a [u8] {
         match self {
-            Self::Pages(range) => range.len(),
-            Self::Patches(patches) => patches.len(),
+            Self::Pages(range) => &pages[range.clone()],
+            Self::Patches(patches) => patches,
         }
     }
 }

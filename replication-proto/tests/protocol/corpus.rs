@@ -119,19 +119,11 @@ fn row_05_patches_that_say_too_much() {
     assert_eq!(refused_in_epoch(PAGES, &kept), "misbehaved.not_negotiated");
 
     let opening = |forge: &mut Forge, kind: u8| {
-        let mut hello = hello_payload();
-        hello[8] = 2;
-        let base = pages_payload(0, &[(0, 3, 1), (16, 2, 1)], 5, 0, &[]);
-        let mut digest = EpochDigest::new(Epoch(7), CheckpointKind::Base);
-        let all = support::all_pages(&support::ram());
-        digest.pages(&all, &vec![0; all.len() * PAGE_BYTES]);
-        let mut said = [forge.frame(HELLO, 0, &hello), forge.begin(7, 0)].concat();
-        if kind == 1 {
-            said.extend(forge.frame(PAGES, 7, &base));
-            said.extend(forge.end(7, 5, 0, digest.finish()));
-            said.extend(forge.begin(8, 1));
+        let hello = forge.hello_offering(2);
+        if kind == 0 {
+            return [hello, forge.begin(7, 0)].concat();
         }
-        said
+        [forge.opening_after(hello), forge.begin(8, 1)].concat()
     };
     let with = |kind: u8, payloads: &[Vec<u8>]| {
         let (mut backup, mut forge) = (Backup::new(receiver_config()), Forge::primary());

@@ -330,6 +330,13 @@ impl Forge {
         self.frame(HELLO, 0, &hello_payload())
     }
 
+    /// The same, with these abilities offered.
+    pub(crate) fn hello_offering(&mut self, abilities: u8) -> Vec<u8> {
+        let mut payload = hello_payload();
+        payload[8] = abilities;
+        self.frame(HELLO, 0, &payload)
+    }
+
     pub(crate) fn accept(&mut self) -> Vec<u8> {
         self.frame(ACCEPT, 0, &accept_payload(1, 1, "b"))
     }
@@ -363,6 +370,11 @@ impl Forge {
     /// Hello and an all-zero base of epoch 7: what comes after it is epoch 8.
     pub(crate) fn opening(&mut self) -> Vec<u8> {
         let hello = self.hello();
+        self.opening_after(hello)
+    }
+
+    /// The base alone, after this hello.
+    pub(crate) fn opening_after(&mut self, hello: Vec<u8>) -> Vec<u8> {
         let begin = self.begin(7, 0);
         let pages = self.frame(PAGES, 7, &pages_payload(0, &[(0, 3, 1), (16, 2, 1)], 5, 0, &[]));
         let mut digest = EpochDigest::new(Epoch(7), CheckpointKind::Base);

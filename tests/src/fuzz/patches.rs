@@ -4,12 +4,10 @@ use arbitrary::Unstructured;
 use replication_proto::limits::PAGE_BYTES;
 use replication_proto::{CheckpointKind, Epoch, EpochDigest, ReceiverEvent};
 
-use super::support::{self, Backup, Forge, HELLO, PAGES, receiver_config};
+use super::support::{self, Backup, Forge, PAGES, receiver_config};
 
 /// The pages that the test guest has.
 const ALL: [u64; 5] = [0, 1, 2, 16, 17];
-/// Where the offered abilities are in a hello.
-const OFFERED: usize = 8;
 /// zstd and patches.
 const BOTH: u8 = 3;
 
@@ -22,13 +20,8 @@ pub fn patches(data: &[u8]) {
 /// How many deltas were taken.
 fn deltas(input: &mut Unstructured<'_>) -> arbitrary::Result<u64> {
     let (mut backup, mut forge) = (Backup::new(receiver_config()), Forge::primary());
-    let mut hello = support::hello_payload();
-    hello[OFFERED] = BOTH;
-    let base = support::pages_payload(0, &[(0, 3, 1), (16, 2, 1)], 5, 0, &[]);
-    let mut digest = EpochDigest::new(Epoch(7), CheckpointKind::Base);
-    digest.pages(&support::all_pages(&support::ram()), &[0; ALL.len() * PAGE_BYTES]);
-    let stream = [forge.frame(HELLO, 0, &hello), forge.begin(7, 0), forge.frame(PAGES, 7, &base)].concat();
-    backup.feed(&[stream, forge.end(7, 5, 0, digest.finish())].concat(), usize::MAX).expect("a sound base");
+    let hello = forge.hello_offering(BOTH);
+    backup.feed(&forge.opening_after(hello), usize::MAX).expect("a sound base");
 
     let mut copies: [Option<Vec<u8>>; ALL.len()] = Default::default();
     for epoch in 8..=10 {

@@ -21,8 +21,7 @@ use primary::output::{Gate, World as WayOut};
 use primary::pulse::{PulseEnd, PulseReport, Voice};
 use primary::staging::Arena;
 use replication_proto::{Epoch, Pulse};
-use vmm::Outputs;
-use vmm::Tracking;
+use vmm::{Outputs, Tracking};
 
 use super::env::{Env, Event};
 use super::guest::{SimMachine, Utterance};

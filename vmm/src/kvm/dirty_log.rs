@@ -107,15 +107,15 @@ fn read(vm: &VmFd, ram: &GuestRam) -> Result<PageBits, DirtyError> {
 fn clear(vm: &VmFd, slot: u32, words: &[u64]) -> Result<(), DirtyError> {
     let Some(first) = words.iter().position(|word| *word != 0) else { return Ok(()) };
     let last = words.iter().rposition(|word| *word != 0).unwrap_or(first);
-    let mut part = words[first..=last].to_vec();
+    let part = &words[first..=last];
     let wide = |words: usize| u64::try_from(words * WORD_PAGES).unwrap_or(u64::MAX);
     let request = kvm_clear_dirty_log {
         slot,
-        num_pages: u32::try_from(wide(part.len())).map_err(|_| failed("KVM_CLEAR_DIRTY_LOG"))?,
+        num_pages: u32::try_from(wide(part.len())).expect("a region has fewer than 2^32 pages"),
         first_page: wide(first),
-        __bindgen_anon_1: kvm_clear_dirty_log__bindgen_ty_1 { dirty_bitmap: part.as_mut_ptr().cast() },
+        __bindgen_anon_1: kvm_clear_dirty_log__bindgen_ty_1 { dirty_bitmap: part.as_ptr().cast_mut().cast() },
     };
-    // SAFETY: KVM reads `num_pages` bits of `part`, which has them.
+    // SAFETY: KVM reads `num_pages` bits of `part`, which has them, and writes none.
     if unsafe { ioctl_with_ref(vm, KVM_CLEAR_DIRTY_LOG(), &request) } != 0 {
         return Err(failed("KVM_CLEAR_DIRTY_LOG"));
     }
