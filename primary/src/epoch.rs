@@ -211,7 +211,7 @@ pub fn stage(
     failpoint!(EpochDirty => return Err(NotRam { page: vmm::PageNo(u64::MAX) }.into()));
     // 6. Copy them out; from here on nothing refers to guest memory.
     let staging = Instant::now();
-    let pages = parts.arena.stage(paused.ram(), &dirty)?;
+    let pages = parts.arena.stage(&paused, &dirty)?;
     if parts.ram_digest {
         sections.push(digest_section(paused.ram())?);
     }

@@ -10,10 +10,13 @@ use std::time::Duration;
 
 use replication_proto::PageIndex;
 use vmm::memory::NotRam;
-use vmm::{DirtySet, GuestRam, PAGE_SIZE, PageNo};
+use vmm::{DirtySet, GuestRam, PAGE_SIZE, PageNo, PausedVm};
 
 /// After this many uses in a row that needed less than a quarter of a buffer, it shrinks.
 const SHRINK_AFTER_USES: u32 = 1_000;
+
+/// So many pages are copied by one thread at a time: some ten microseconds' work.
+const PIECE_PAGES: usize = 64;
 
 /// A bounded pool of page buffers.
 #[derive(Debug)]
@@ -33,6 +36,8 @@ struct State {
 #[derive(Debug, Default)]
 struct Buffer {
     bytes: Vec<u8>,
+    /// The memory of the last use's list of pages.
+    indexes: Vec<PageIndex>,
     roomy_uses: u32,
 }
 
@@ -67,25 +72,25 @@ impl Arena {
         state.in_flight < self.limit
     }
 
-    /// Copies the pages of `dirty` out of `ram`. Either the guest is paused, or a page that it writes meanwhile is dirty again.
-    pub fn stage(self: &Arc<Self>, ram: &GuestRam, dirty: &DirtySet) -> Result<StagedPages, NotRam> {
-        self.stage_pages(ram, dirty.len(), dirty.iter())
+    /// Copies the pages of `dirty` out of the stopped guest, with the help of whoever has nothing to do in a pause.
+    ///
+    /// # Errors
+    /// One of them is no RAM.
+    pub fn stage(self: &Arc<Self>, paused: &PausedVm<'_>, dirty: &DirtySet) -> Result<StagedPages, NotRam> {
+        let mut staged = self.take(dirty.len());
+        staged.indexes.extend(dirty.iter().map(|page| PageIndex(page.0)));
+        staged.fill(paused.ram(), |pieces, work| paused.share_work(pieces, work))?;
+        Ok(staged)
     }
 
-    /// Copies `count` pages out of `ram`. The same holds.
-    pub fn stage_pages(
-        self: &Arc<Self>,
-        ram: &GuestRam,
-        count: usize,
-        pages: impl Iterator<Item = PageNo>,
-    ) -> Result<StagedPages, NotRam> {
-        let mut staged = self.take(count);
-        let chunks = staged.buffer.bytes.as_chunks_mut::<PAGE_SIZE>().0.iter_mut();
-        for (into, page) in chunks.take(count).zip(pages) {
-            ram.copy_out(page, into)?;
-            staged.indexes.push(PageIndex(page.0));
-        }
-        assert_eq!(staged.indexes.len(), count, "a set of pages yields as many as it counts");
+    /// Copies these pages out of `ram`, of a guest that runs: a page that it writes meanwhile is dirty again.
+    ///
+    /// # Errors
+    /// One of them is no RAM.
+    pub fn stage_pages(self: &Arc<Self>, ram: &GuestRam, pages: &[PageNo]) -> Result<StagedPages, NotRam> {
+        let mut staged = self.take(pages.len());
+        staged.indexes.extend(pages.iter().map(|page| PageIndex(page.0)));
+        staged.fill(ram, |pieces, work| (0..pieces).for_each(work))?;
         Ok(staged)
     }
 
@@ -100,7 +105,10 @@ impl Arena {
             buffer.bytes.resize((used + used / 4).next_multiple_of(PAGE_SIZE), 0);
         }
         buffer.note_use(used);
-        StagedPages { indexes: Vec::with_capacity(pages), buffer, used, arena: Arc::clone(self) }
+        let mut indexes = std::mem::take(&mut buffer.indexes);
+        indexes.clear();
+        indexes.reserve(pages);
+        StagedPages { indexes, buffer, used, arena: Arc::clone(self) }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -124,6 +132,23 @@ impl Buffer {
 }
 
 impl StagedPages {
+    /// Copies the pages of `indexes` in.
+    fn fill(&mut self, ram: &GuestRam, share: impl Fn(usize, &(dyn Fn(usize) + Sync))) -> Result<(), NotRam> {
+        let (pages, rest) = self.buffer.bytes[..self.used].as_chunks_mut::<PAGE_SIZE>();
+        assert!(rest.is_empty() && pages.len() == self.indexes.len(), "a set of pages yields as many as it counts");
+        if pages.len() <= PIECE_PAGES {
+            return copy_out(ram, &self.indexes, pages);
+        }
+        let pieces = self.indexes.chunks(PIECE_PAGES).zip(pages.chunks_mut(PIECE_PAGES));
+        let pieces: Vec<_> = pieces.map(|(indexes, pages)| Mutex::new((indexes, pages, Ok(())))).collect();
+        share(pieces.len(), &|piece| {
+            let mut piece = pieces[piece].lock().unwrap_or_else(PoisonError::into_inner);
+            let (indexes, pages, done) = &mut *piece;
+            *done = copy_out(ram, indexes, pages);
+        });
+        pieces.into_iter().try_for_each(|piece| piece.into_inner().unwrap_or_else(PoisonError::into_inner).2)
+    }
+
     /// The pages, one after another, in the order of `indexes`.
     pub fn bytes(&self) -> &[u8] {
         &self.buffer.bytes[..self.used]
@@ -140,8 +165,20 @@ impl StagedPages {
     }
 }
 
+/// Copies pages, ascending by their indexes, out of guest memory: neighbours at one go.
+fn copy_out(ram: &GuestRam, indexes: &[PageIndex], pages: &mut [[u8; PAGE_SIZE]]) -> Result<(), NotRam> {
+    let mut rest = pages;
+    for run in indexes.chunk_by(|a, b| a.0 + 1 == b.0) {
+        let (into, later) = rest.split_at_mut(run.len());
+        rest = later;
+        ram.copy_out_run(PageNo(run[0].0), into)?;
+    }
+    Ok(())
+}
+
 impl Drop for StagedPages {
     fn drop(&mut self) {
+        self.buffer.indexes = std::mem::take(&mut self.indexes);
         let mut state = self.arena.lock();
         state.in_flight -= self.used;
         state.free.push(std::mem::take(&mut self.buffer));
@@ -153,32 +190,41 @@ impl Drop for StagedPages {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vmm::DirtyLedger;
 
-    fn dirty(ram: &GuestRam, pages: &[u64]) -> DirtySet {
-        let words = usize::try_from(ram.page_count() / 64).unwrap();
-        let mut log = vec![vec![0u64; words]];
-        for p in pages {
-            log[0][usize::try_from(p / 64).unwrap()] |= 1 << (p % 64);
-        }
-        DirtyLedger::new(ram).take(&[&log])
+    fn pages(numbers: impl IntoIterator<Item = u64>) -> Vec<PageNo> {
+        numbers.into_iter().map(PageNo).collect()
     }
 
     #[test]
     fn staged_pages_are_copies() {
         let ram = GuestRam::new(2 << 20).unwrap();
         ram.copy_in(PageNo(3), &[7; PAGE_SIZE]).unwrap();
-        let staged = Arena::new(1 << 20).stage(&ram, &dirty(&ram, &[1, 3])).unwrap();
+        let staged = Arena::new(1 << 20).stage_pages(&ram, &pages([1, 3])).unwrap();
         ram.copy_in(PageNo(3), &[9; PAGE_SIZE]).unwrap();
         assert_eq!(staged.indexes, [PageIndex(1), PageIndex(3)]);
         assert_eq!(staged.bytes(), [[0; PAGE_SIZE], [7; PAGE_SIZE]].concat());
     }
 
     #[test]
+    fn pages_of_many_pieces_and_runs_come_out_in_order() {
+        let ram = GuestRam::new(4 << 20).unwrap();
+        let all: Vec<PageNo> = pages((0..1024).filter(|page| page % 5 != 0));
+        for page in &all {
+            ram.copy_in(*page, &[u8::try_from(page.0 % 251).unwrap(); PAGE_SIZE]).unwrap();
+        }
+        let staged = Arena::new(1 << 30).stage_pages(&ram, &all).unwrap();
+        assert_eq!(staged.len(), all.len());
+        for (page, bytes) in all.iter().zip(staged.bytes().chunks(PAGE_SIZE)) {
+            assert!(bytes.iter().all(|byte| u64::from(*byte) == page.0 % 251), "page {page:?}");
+        }
+        assert_eq!(Arena::new(1 << 30).stage_pages(&ram, &pages(1000..1100)).unwrap_err().page, PageNo(1024));
+    }
+
+    #[test]
     fn the_limit_is_waited_for_and_buffers_return() {
         let ram = GuestRam::new(2 << 20).unwrap();
         let arena = Arena::new(2 * PAGE_SIZE);
-        let first = arena.stage(&ram, &dirty(&ram, &[1, 2, 3])).unwrap();
+        let first = arena.stage_pages(&ram, &pages([1, 2, 3])).unwrap();
         assert_eq!(arena.in_flight(), 3 * PAGE_SIZE);
         assert!(!arena.wait_for_room(Duration::from_millis(1)));
         drop(first);
@@ -190,10 +236,9 @@ mod tests {
     fn a_buffer_that_is_far_too_large_shrinks() {
         let ram = GuestRam::new(2 << 20).unwrap();
         let arena = Arena::new(1 << 20);
-        let many: Vec<u64> = (0..256).collect();
-        drop(arena.stage(&ram, &dirty(&ram, &many)).unwrap());
+        drop(arena.stage_pages(&ram, &pages(0..256)).unwrap());
         for _ in 0..SHRINK_AFTER_USES {
-            drop(arena.stage(&ram, &dirty(&ram, &[1])).unwrap());
+            drop(arena.stage_pages(&ram, &pages([1])).unwrap());
         }
         assert_eq!(arena.lock().free[0].bytes.len(), 160 * PAGE_SIZE);
     }

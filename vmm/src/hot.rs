@@ -8,11 +8,10 @@
 //! A page becomes hot when it was written in three epochs in a row. Nothing tells whether a hot page is still written, so each is put on trial now and
 //! then: its bit is cleared, and it stays hot if it is written in the next epoch.
 
-/// Every hot page is on trial in one of so many epochs.
-const TRIAL_EVERY: usize = 16;
+use crate::page_bits::PageBits;
 
-/// One bit a page: words for each region of RAM, low bit first.
-pub type PageBits = Vec<Vec<u64>>;
+/// Every hot page is on trial in one of so many epochs.
+const TRIAL_EVERY: u64 = 16;
 
 /// What a host does about its log of dirty pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -29,12 +28,15 @@ pub enum Tracking {
 /// Which pages are hot. Pure: logs in, bits to be cleared out.
 #[derive(Clone, Debug, Default)]
 pub struct HotPages {
-    regions: Vec<Vec<Heat>>,
-    taken: usize,
+    /// Words of which something is known, ascending by their numbers.
+    heats: Vec<(u64, Heat)>,
+    /// Where the next list is made.
+    next: Vec<(u64, Heat)>,
+    taken: u64,
 }
 
 /// What is known of 64 pages.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Heat {
     /// Named by the log one and two sets ago.
     before: [u64; 2],
@@ -46,27 +48,37 @@ struct Heat {
 impl HotPages {
     /// The log as it is when an epoch ends. Returns the bits that are to be cleared in it, before any page of the set is copied.
     pub fn settle(&mut self, log: &PageBits) -> PageBits {
-        if self.regions.len() != log.len() {
-            self.regions = log.iter().map(|words| vec![Heat::default(); words.len()]).collect();
+        let (taken, mut clear) = (self.taken, PageBits::default());
+        self.taken = taken.wrapping_add(1);
+        self.next.clear();
+        let (mut known, mut named) = (self.heats.iter().peekable(), log.words().iter().peekable());
+        loop {
+            let number = match (known.peek(), named.peek()) {
+                (Some((k, _)), Some((n, _))) => *k.min(n),
+                (Some((k, _)), None) => *k,
+                (None, Some((n, _))) => *n,
+                (None, None) => break,
+            };
+            let mut heat = known.next_if(|(at, _)| *at == number).map_or_else(Heat::default, |(_, heat)| *heat);
+            let bits = named.next_if(|(at, _)| *at == number).map_or(0, |(_, bits)| *bits);
+            clear.push(number, heat.settle(bits, number.wrapping_add(taken).is_multiple_of(TRIAL_EVERY)));
+            if heat != Heat::default() {
+                self.next.push((number, heat));
+            }
         }
-        let taken = self.taken;
-        self.taken = self.taken.wrapping_add(1);
-        let settle =
-            |(at, (heat, log)): (usize, (&mut Heat, &u64))| heat.settle(*log, (at + taken).is_multiple_of(TRIAL_EVERY));
-        let region =
-            |(heat, log): (&mut Vec<Heat>, &Vec<u64>)| heat.iter_mut().zip(log).enumerate().map(settle).collect();
-        self.regions.iter_mut().zip(log).map(region).collect()
+        std::mem::swap(&mut self.heats, &mut self.next);
+        clear
     }
 
     /// Forgets everything: the log begins anew.
     pub fn forget(&mut self) {
-        self.regions.clear();
+        self.heats.clear();
     }
 
     /// How many pages are hot.
     #[cfg(test)]
     fn count(&self) -> usize {
-        self.regions.iter().flatten().map(|heat| heat.hot.count_ones() as usize).sum()
+        self.heats.iter().map(|(_, heat)| heat.hot.count_ones() as usize).sum()
     }
 }
 
@@ -104,13 +116,9 @@ impl KeptLog {
     /// What was written since the last call makes this set.
     pub fn take(&mut self, written: PageBits) -> PageBits {
         let mut set = written;
-        for (set, kept) in set.iter_mut().flatten().zip(self.bits.iter().flatten()) {
-            *set |= kept;
-        }
+        set.unite(&self.bits);
         if self.tracking == Tracking::HotPages {
-            let clear = self.hot.settle(&set);
-            self.bits = set.clone();
-            self.bits.iter_mut().flatten().zip(clear.iter().flatten()).for_each(|(kept, clear)| *kept &= !clear);
+            self.bits = set.without(&self.hot.settle(&set));
         }
         set
     }
@@ -120,6 +128,17 @@ impl KeptLog {
 mod tests {
     use super::*;
 
+    /// The set of these pages of the first word.
+    fn bits(word: u64) -> PageBits {
+        let mut bits = PageBits::default();
+        bits.push(0, word);
+        bits
+    }
+
+    fn word(bits: &PageBits) -> u64 {
+        bits.words().first().map_or(0, |(_, word)| *word)
+    }
+
     /// A log whose cleared bits come back when their page is written, as KVM's.
     #[derive(Default)]
     struct Log(u64);
@@ -128,9 +147,9 @@ mod tests {
         fn epoch(&mut self, hot: &mut HotPages, written: u64) -> u64 {
             self.0 |= written;
             let set = self.0;
-            let clear = hot.settle(&vec![vec![set]]);
-            assert_eq!(clear[0][0] & !set, 0, "only what the set has is cleared");
-            self.0 &= !clear[0][0];
+            let clear = word(&hot.settle(&bits(set)));
+            assert_eq!(clear & !set, 0, "only what the set has is cleared");
+            self.0 &= !clear;
             set
         }
     }
@@ -146,7 +165,7 @@ mod tests {
         assert!((10..=16).contains(&faults), "{faults} faults in 160 epochs: three to learn, one for each trial");
         assert_eq!(hot.count(), 1);
         let named = (0..40).filter(|_| log.epoch(&mut hot, 0) & 1 == 1).count();
-        assert!(named <= TRIAL_EVERY, "{named} copies of a page that is not written any more");
+        assert!(named as u64 <= TRIAL_EVERY, "{named} copies of a page that is not written any more");
         assert_eq!((hot.count(), log.0), (0, 0));
         assert_eq!([log.epoch(&mut hot, 2), log.epoch(&mut hot, 2)], [2, 2]);
         assert_eq!(hot.count(), 0, "twice is not enough");
@@ -182,7 +201,7 @@ mod tests {
         for (tracking, later) in [(Tracking::Plain, 0), (Tracking::HotPages, 6)] {
             log.begin(tracking);
             assert!(log.is_on());
-            let once = |log: &mut KeptLog, written| log.take(vec![vec![0, written]])[0][1];
+            let once = |log: &mut KeptLog, written| word(&log.take(bits(written)));
             (0..4).for_each(|_| assert_eq!(once(&mut log, 6), 6));
             assert_eq!(once(&mut log, 0), later);
         }

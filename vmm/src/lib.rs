@@ -6,6 +6,7 @@
 //!
 //! * [`config`]: what a machine is made of; both hosts build the same one
 //! * [`memory`]: guest RAM, page by page
+//! * [`page_bits`]: sets of pages
 //! * [`dirty`]: which pages were written, and how the answer survives a failure
 //! * [`section`]: one versioned piece of machine state
 //! * [`disk`]: what a block device does its work on
@@ -31,6 +32,8 @@ pub mod machine;
 pub mod memory;
 pub mod model;
 pub mod outputs;
+mod own_writes;
+pub mod page_bits;
 pub mod pause;
 pub mod section;
 mod state;
@@ -46,6 +49,7 @@ pub use machine::{Machine, MachineEvent};
 pub use memory::{GuestRam, PAGE_SIZE, PageNo};
 pub use model::{Announcement, ModelBuildError, ModelMachine, ModelProgram};
 pub use outputs::{FramePort, Outputs};
+pub use page_bits::PageBits;
 pub use pause::{PauseTimings, PausedVm};
 pub use section::{Section, SectionKind};
 pub use tap::{SocketPort, Tap, TapError};

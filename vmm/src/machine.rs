@@ -49,6 +49,10 @@ pub trait Machine: Send {
     /// in the next set whatever happens.
     fn take_dirty(&mut self) -> Result<DirtySet, DirtyError>;
 
+    /// Does `work` for each piece from 0, once, and returns when all are done. Threads of the machine that stand idle because it is stopped may help, so pieces are
+    /// done in any order and at one time.
+    fn share_work(&self, pieces: usize, work: &(dyn Fn(usize) + Sync));
+
     /// Things that happen to the guest on its own account.
     fn events(&self) -> Receiver<MachineEvent>;
 

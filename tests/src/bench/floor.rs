@@ -213,7 +213,8 @@ impl Floor {
                 };
                 return Err(BenchError::Wrong(format!("the floor: {why}")));
             }
-            std::hint::spin_loop();
+            // The scheduler may have put the floor's thread on this very processor.
+            std::thread::yield_now();
         }
         Ok(())
     }

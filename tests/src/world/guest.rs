@@ -188,7 +188,7 @@ impl SimMachine {
     /// When the host has no memory.
     pub fn build(outputs: Arc<dyn Outputs>, skew: u64, disk: Option<Arc<dyn Disk>>) -> Self {
         let ram = Arc::new(GuestRam::tiny(1).expect("256 KiB of memory"));
-        let ledger = DirtyLedger::new(&ram);
+        let ledger = DirtyLedger::new();
         Self {
             ram,
             ledger,
@@ -441,7 +441,11 @@ impl Machine for SimMachine {
     }
 
     fn take_dirty(&mut self) -> Result<DirtySet, DirtyError> {
-        Ok(self.ledger.take(&[&self.log.take(self.ram.take_own_writes())]))
+        Ok(self.ledger.take(self.log.take(self.ram.take_own_writes())))
+    }
+
+    fn share_work(&self, pieces: usize, work: &(dyn Fn(usize) + Sync)) {
+        (0..pieces).for_each(work);
     }
 
     fn events(&self) -> Receiver<MachineEvent> {

@@ -92,7 +92,7 @@ impl KvmMachine {
         let log = DirtyLog::new(&vm);
         Ok(Self {
             config: config.clone(),
-            ledger: DirtyLedger::new(&ram),
+            ledger: DirtyLedger::new(),
             ram,
             vcpus: Vcpus::Resting(vcpus, host_io),
             devices,
@@ -255,8 +255,16 @@ impl Machine for KvmMachine {
 
     fn take_dirty(&mut self) -> Result<DirtySet, DirtyError> {
         assert!(self.log.is_on(), "dirty pages can only be taken while they are tracked");
-        let logs = self.log.take(&self.vm, &self.ram, self.phase == Phase::Stopped)?;
-        Ok(self.ledger.take(&[&logs, &self.ram.take_own_writes()]))
+        let mut written = self.log.take(&self.vm, &self.ram, self.phase == Phase::Stopped)?;
+        written.unite(&self.ram.take_own_writes());
+        Ok(self.ledger.take(written))
+    }
+
+    fn share_work(&self, pieces: usize, work: &(dyn Fn(usize) + Sync)) {
+        match &self.vcpus {
+            Vcpus::Threads(threads, _) if self.phase == Phase::Stopped => threads.share(pieces, work),
+            _ => (0..pieces).for_each(work),
+        }
     }
 
     fn events(&self) -> Receiver<MachineEvent> {

@@ -176,7 +176,7 @@ impl ModelMachine {
         };
         Ok(Self {
             facts: facts(config, options),
-            ledger: DirtyLedger::new(&ram),
+            ledger: DirtyLedger::new(),
             ram,
             shared,
             vcpu: Some(vcpu),
@@ -303,7 +303,11 @@ impl Machine for ModelMachine {
 
     fn take_dirty(&mut self) -> Result<DirtySet, DirtyError> {
         assert!(self.log.is_on(), "dirty pages can only be taken while they are tracked");
-        Ok(self.ledger.take(&[&self.log.take(self.ram.take_own_writes())]))
+        Ok(self.ledger.take(self.log.take(self.ram.take_own_writes())))
+    }
+
+    fn share_work(&self, pieces: usize, work: &(dyn Fn(usize) + Sync)) {
+        (0..pieces).for_each(work);
     }
 
     fn events(&self) -> Receiver<MachineEvent> {

@@ -143,7 +143,7 @@ impl ModelProgram {
 
     /// The pages written since the last call, united with what was given back to `ledger`, which belongs to the same RAM.
     pub fn take_dirty(&self, ledger: &Arc<DirtyLedger>) -> DirtySet {
-        ledger.take(&[&self.ram.take_own_writes()])
+        ledger.take(self.ram.take_own_writes())
     }
 
     /// The registers, as the one section of this machine.

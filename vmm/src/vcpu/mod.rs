@@ -12,6 +12,7 @@
 //!
 //! A stop takes one wake-up of each vCPU's thread, which also reads the vCPU's state, and one of the thread that stops.
 
+mod crew;
 mod exit;
 pub(crate) mod kick;
 
@@ -31,12 +32,15 @@ use crate::machine::{CaptureError, MachineEvent, PauseError, RestoreError};
 use crate::section::{Section, SectionKind};
 use crate::state::codec::Saved;
 use crate::state::vcpu::{VcpuStateV1, msr_buffer};
+use crew::Crew;
 use exit::After;
 use kick::{ImmediateExit, kick_signal};
 
-/// How long a thread looks at a flag before it sleeps, where each thread of the rendezvous can have a processor of its own. A
-/// pause is about this long, and a wake-up costs a good part of it.
-const SPIN: Duration = Duration::from_micros(200);
+/// How long a thread looks at a flag before it sleeps, where it can have a processor of its own. A pause is shorter than this, and a processor that fell
+/// asleep takes a good part of a pause to wake up.
+const SPIN: Duration = Duration::from_millis(1);
+/// With so many pieces of work to share it pays to wake threads that sleep.
+const PIECES_WAKE: usize = 32;
 /// No exit takes this long on a host that works.
 const STOP_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -105,7 +109,10 @@ impl Order {
 /// What all vCPU threads of a machine share.
 struct Rendezvous {
     vcpus: usize,
+    /// For whoever stops the vCPUs.
     spin: Duration,
+    /// What stopped threads help with.
+    crew: Crew,
     order: AtomicU8,
     /// Counts the orders to run, so that a run that is followed by a stop at once is not missed.
     runs: AtomicU64,
@@ -170,7 +177,7 @@ fn again(error: &io::Error) -> io::Error {
     error.raw_os_error().map_or_else(|| error.kind().into(), io::Error::from_raw_os_error)
 }
 
-/// How long `threads` threads that wait for each other may spin on this host.
+/// How long the last of `threads` threads that wait for each other may spin on this host.
 fn spin(threads: usize) -> Duration {
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     if processors >= threads { SPIN } else { Duration::ZERO }
@@ -183,7 +190,8 @@ fn wait_until(spin: Duration, deadline: Option<Instant>, done: impl Fn() -> bool
         if done() {
             return true;
         }
-        std::hint::spin_loop();
+        // Whoever is waited for may have been put on this very processor.
+        std::thread::yield_now();
     }
     while !done() {
         match deadline {
@@ -214,6 +222,7 @@ impl VcpuThreads {
         let shared = Arc::new(Rendezvous {
             vcpus: vcpus.len(),
             spin: spin(vcpus.len() + 1),
+            crew: Crew::default(),
             order: AtomicU8::new(Order::Stop.to_u8()),
             runs: AtomicU64::new(0),
             drained: AtomicUsize::new(0),
@@ -230,7 +239,9 @@ impl VcpuThreads {
             let (shared, devices) = (Arc::clone(&all.shared), Arc::clone(devices));
             let own_flag = ImmediateExit::of(&vcpu.fd)?;
             let name = format!("vcpu{}", vcpu.index);
-            let runner = Runner { vcpu, shared, devices, immediate_exit: own_flag };
+            // Beside the first so many vCPUs, whoever stopped them has a processor, too.
+            let spin = spin(usize::from(vcpu.index) + 2);
+            let runner = Runner { vcpu, shared, devices, immediate_exit: own_flag, spin };
             let thread = std::thread::Builder::new().name(name).spawn(move || runner.live())?;
             all.threads.push(VcpuThread { immediate_exit, thread: Some(thread) });
         }
@@ -282,6 +293,14 @@ impl VcpuThreads {
             }
             None => panic!("a stopped vCPU has read its state"),
         })
+    }
+
+    /// Does all pieces of `work`, with the help of the stopped vCPUs' threads.
+    pub(crate) fn share(&self, pieces: usize, work: &(dyn Fn(usize) + Sync)) {
+        if pieces >= PIECES_WAKE {
+            self.unpark_all();
+        }
+        self.shared.crew.share(pieces, work);
     }
 
     /// How long the slowest vCPU took to read its state in this stop.
@@ -339,14 +358,16 @@ struct Runner {
     shared: Arc<Rendezvous>,
     devices: Arc<Devices>,
     immediate_exit: ImmediateExit,
+    spin: Duration,
 }
 
 impl Runner {
     fn live(mut self) {
         let mut runs = 0;
         loop {
-            // Paused: waits for the order to run or to end.
-            wait_until(self.shared.spin, None, || {
+            // Paused: waits for the order to run or to end, and helps with what there is to do.
+            wait_until(self.spin, None, || {
+                self.shared.crew.help();
                 self.shared.runs.load(Ordering::SeqCst) != runs || self.shared.order() == Order::End
             });
             runs = self.shared.runs.load(Ordering::SeqCst);

@@ -20,7 +20,7 @@ use primary::setup::{facts, ram_layout};
 use primary::stream::{Stream, StreamEvent};
 use primary::verify::Verifier;
 use replication_proto::{Comparable, Epoch, Point, SenderConfig, Standing};
-use vmm::{Machine, PausedVm};
+use vmm::{Machine, PageBits, PausedVm};
 
 mod runner;
 
@@ -482,7 +482,7 @@ impl OwnerPart {
     fn check_dirty(&self, link: &Link, base: &Base, env: &mut Env) {
         if let Some(first) = link.first {
             // Dropped again at once: it gives its pages back.
-            let owed = self.machine.ledger().take(&[]).iter().fold(0, |bits, page| bits | 1 << page.0);
+            let owed = self.machine.ledger().take(PageBits::default()).iter().fold(0, |bits, page| bits | 1 << page.0);
             env.ghost.disconnected(base.who, first.0, link.acked.0, owed);
         }
     }

@@ -122,9 +122,7 @@ impl OwnerPart {
             disks.note_changes(&*self.parts.disks);
         }
         let step = copy.next_step(&mut self.machine).expect("the simulated dirty log can be read");
-        let stage = |pages: &[PageNo]| {
-            base.arena.stage_pages(self.machine.ram(), pages.len(), pages.iter().copied()).expect("pages of RAM")
-        };
+        let stage = |pages: &[PageNo]| base.arena.stage_pages(self.machine.ram(), pages).expect("pages of RAM");
         let sent = match step {
             BaseStep::Ask(pages) => link.stream.hashes(&hashes_of(&stage(&pages))),
             BaseStep::Send(pages) => link.stream.pages(&stage(&pages)),
