@@ -1,19 +1,19 @@
 //! `ftbench throughput`: `redis-benchmark` against the guest, unprotected, with fixed epochs and with such as follow the work, in turn.
 
-use std::fmt::Write as _;
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
-use super::figures::{Spread, median};
+use super::figures::{Spread, median, ratio};
 use super::pairs::{Bench, Checkpoints, Mode};
+use super::table::{Findings, Table, Target};
 use super::{BenchError, host_description};
 use crate::real::artifacts::Artifacts;
 use crate::real::network::{GUEST_IP, GUEST_PORT};
 use crate::real::tools;
 
 /// Version of the JSON form.
-pub const SCHEMA: &str = "ft.bench.throughput/1";
+pub const SCHEMA: &str = "ft.bench.throughput/2";
 /// How long one run may take.
 const LIMIT: Duration = Duration::from_secs(300);
 /// Connections, as `redis-benchmark -c`.
@@ -31,16 +31,16 @@ pub struct Plan {
 }
 
 /// The result.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "the names of the JSON form; docs/performance.md says what each is")]
 pub struct Report {
-    pub schema: &'static str,
+    pub schema: String,
     pub machine: String,
     pub rows: Vec<Row>,
 }
 
 /// One mode under one load. Medians over its runs.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "the names of the JSON form; docs/performance.md says what each is")]
 pub struct Row {
     pub mode: String,
@@ -53,7 +53,7 @@ pub struct Row {
 }
 
 /// One run.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "the names of the JSON form; docs/performance.md says what each is")]
 pub struct Run {
     pub requests_per_second: f64,
@@ -85,15 +85,19 @@ pub fn run(plan: &Plan, artifacts: &Artifacts, mut progress: impl FnMut(&str)) -
     for (mode, runs) in plan.modes.iter().zip(runs) {
         for ((&(pipeline, requests), runs), first) in plan.loads.iter().zip(runs).zip(&first) {
             let requests_per_second = middle(&runs);
-            let (mode, ratio_to_first) = (mode.name.clone(), requests_per_second / first);
+            let (mode, ratio_to_first) = (mode.name.clone(), ratio(requests_per_second, *first));
             let reply_us = Spread::of_runs(runs.iter().map(|run| run.reply_us));
             rows.push(Row { mode, pipeline, requests, requests_per_second, ratio_to_first, reply_us, runs });
         }
     }
-    Ok(Report { schema: SCHEMA, machine: host_description(), rows })
+    Ok(Report { schema: SCHEMA.into(), machine: host_description(), rows })
 }
 
-fn one(bench: &Bench, pipeline: u32, requests: u32) -> Result<Run, BenchError> {
+/// One run of `redis-benchmark`.
+///
+/// # Errors
+/// It failed, or the state of the pair changed meanwhile.
+pub fn one(bench: &Bench, pipeline: u32, requests: u32) -> Result<Run, BenchError> {
     let words = [GUEST_PORT.to_string(), requests.to_string(), pipeline.to_string()];
     let [port, requests, pipeline] = words.each_ref().map(String::as_str);
     let words = [
@@ -127,32 +131,46 @@ fn parse(csv: &str) -> Option<(f64, Spread)> {
     Some((*rate, Spread { p50: p50 * 1e3, p99: p99 * 1e3, max: max * 1e3 }))
 }
 
-impl Report {
-    /// The table for people.
-    ///
-    /// # Panics
-    /// Never: a string can be written to.
-    #[must_use]
-    pub fn table(&self) -> String {
-        let mut out =
-            format!("redis-benchmark SET, {CONNECTIONS} connections; medians of runs, in turn; {}\n\n", self.machine);
-        writeln!(
-            out,
-            "{:>24} {:>9} {:>11} {:>7} {:>9} {:>9} {:>9} {:>9}",
-            "", "pipeline", "requests/s", "ratio", "p50 us", "p99 us", "max us", "epochs/s"
-        )
-        .expect("a string");
+/// What a guest is to keep of its requests a second with pipelines of [`TARGET_PIPELINE`], where the target of a mode is an overhead.
+const KEEPS: f64 = 0.7;
+/// Requests on their way on each connection in the load that has a target.
+const TARGET_PIPELINE: u32 = 16;
+
+impl Findings for Report {
+    const NAME: &'static str = "throughput";
+
+    fn tables(&self) -> Vec<Table> {
+        let title = format!(
+            "redis-benchmark SET, {CONNECTIONS} connections; medians of {} runs, in turn; {}",
+            self.rows.first().map_or(0, |row| row.runs.len()),
+            self.machine
+        );
+        let heads = ["", "pipeline", "requests/s", "ratio", "p50 us", "p99 us", "max us", "epochs/s", "pause p50 us"];
+        let mut table = Table::new(title, &heads);
         for row in &self.rows {
+            let middle = |part: fn(&Run) -> f64| median(row.runs.iter().map(part).collect());
+            let mut cells = vec![
+                row.mode.clone(),
+                row.pipeline.to_string(),
+                format!("{:.0}", row.requests_per_second),
+                format!("{:.2}", row.ratio_to_first),
+            ];
             let Spread { p50, p99, max } = row.reply_us;
-            let epochs = median(row.runs.iter().map(|run| run.checkpoints.epochs_per_second).collect());
-            writeln!(
-                out,
-                "{:>24} {:>9} {:>11.0} {:>7.2} {p50:>9.0} {p99:>9.0} {max:>9.0} {epochs:>9.0}",
-                row.mode, row.pipeline, row.requests_per_second, row.ratio_to_first
-            )
-            .expect("a string");
+            let rest =
+                [p50, p99, max, middle(|r| r.checkpoints.epochs_per_second), middle(|r| r.checkpoints.pause_us.p50)];
+            cells.extend(rest.iter().map(|figure| format!("{figure:.0}")));
+            table.row(cells);
         }
-        out
+        vec![table]
+    }
+
+    fn targets(&self) -> Vec<Target> {
+        let auto = |row: &&Row| row.mode.starts_with("overhead=") && row.pipeline == TARGET_PIPELINE;
+        let target = |row: &Row| {
+            let what = format!("requests/s over unprotected; {}, pipeline {}", row.mode, row.pipeline);
+            Target::at_least(what, row.ratio_to_first, KEEPS)
+        };
+        self.rows.iter().filter(auto).map(target).collect()
     }
 }
 
