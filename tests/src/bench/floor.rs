@@ -210,7 +210,8 @@ impl Floor {
                 };
                 return Err(BenchError::Wrong(format!("the floor: {why}")));
             }
-            std::hint::spin_loop();
+            // On a busy host the vCPU's thread may wait for this very processor.
+            std::thread::yield_now();
         }
         Ok(())
     }

@@ -376,7 +376,8 @@ impl Tracked {
                 };
                 return Err(BenchError::Wrong(format!("{}: {why}", self.method.text())));
             }
-            std::hint::spin_loop();
+            // On a busy host the vCPU's thread may wait for this very processor.
+            std::thread::yield_now();
         }
         Ok(())
     }
