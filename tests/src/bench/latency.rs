@@ -68,6 +68,7 @@ pub struct Run {
 /// # Errors
 /// The first thing that goes wrong.
 pub fn run(plan: &Plan, artifacts: &Artifacts, mut progress: impl FnMut(&str)) -> Result<Report, BenchError> {
+    plan.modes.iter().try_for_each(|mode| mode.check(artifacts))?;
     let mut runs: Vec<(Vec<Run>, Vec<f64>)> = vec![Default::default(); plan.modes.len()];
     for round in 1..=plan.rounds {
         for (mode, (runs, waits)) in plan.modes.iter().zip(&mut runs) {

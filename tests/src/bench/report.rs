@@ -69,13 +69,13 @@ const STEPS: [Step; 11] = [
     Step {
         name: throughput::Report::NAME,
         full: "--rounds 5",
-        quick: "--rounds 1 --requests 20000 --fixed 10ms,25ms,100ms",
+        quick: "--rounds 1 --seconds 1 --fixed 10ms,25ms,100ms",
         render: |json, out| rendered(json, out, Some(|report: &throughput::Report| plots::throughput(report))),
     },
     Step {
         name: strategies::Report::NAME,
         full: "--rounds 5",
-        quick: "--rounds 1 --seconds 1 --requests 10000 --rates 1000,10000",
+        quick: "--rounds 1 --seconds 1 --rates 1000,10000",
         render: |json, out| rendered(json, out, Some(|report: &strategies::Report| plots::strategies(report))),
     },
     Step {

@@ -30,10 +30,8 @@ pub struct Plan {
     pub buffer_pages: u32,
     /// What else is in `[epoch]`.
     pub epoch: String,
-    /// How long a client's replies are measured.
+    /// How long a client's replies are measured, and then about how long `redis-benchmark` runs.
     pub span: Duration,
-    /// Requests of `redis-benchmark`.
-    pub requests: u32,
     /// Rounds, each with everything.
     pub rounds: u32,
 }
@@ -92,9 +90,7 @@ fn modes(plan: &Plan) -> Vec<Mode> {
 /// This build does not know a strategy; else the first thing that goes wrong.
 pub fn run(plan: &Plan, artifacts: &Artifacts, mut progress: impl FnMut(&str)) -> Result<Report, BenchError> {
     let modes = modes(plan);
-    for mode in &modes {
-        mode.check(artifacts)?;
-    }
+    modes.iter().try_for_each(|mode| mode.check(artifacts))?;
     let cases: Vec<(u32, &Mode)> =
         plan.dirty_rates.iter().flat_map(|rate| modes.iter().map(|mode| (*rate, mode))).collect();
     let mut runs: Vec<Vec<Run>> = vec![Vec::new(); cases.len()];
@@ -124,7 +120,7 @@ fn one(plan: &Plan, dirty_rate: u32, mode: &Mode, artifacts: &Artifacts) -> Resu
     let mut client = bench.connect()?;
     order(&mut client, &["FT.DIRTY", &dirty_rate.to_string(), &plan.buffer_pages.to_string()])?;
     let waits = replies(&mut client, plan.span)?;
-    let throughput::Run { requests_per_second, checkpoints, .. } = throughput::one(&bench, PIPELINE, plan.requests)?;
+    let throughput::Run { requests_per_second, checkpoints, .. } = throughput::one(&bench, PIPELINE, plan.span)?;
     Ok(Run { reply_us: Spread::of_us(waits.into_iter()), requests_per_second, checkpoints })
 }
 
@@ -208,7 +204,6 @@ mod tests {
             buffer_pages: 1,
             epoch: "25ms".into(),
             span: Duration::from_secs(1),
-            requests: 1,
             rounds: 1,
         };
         let words: Vec<_> = modes(&plan).into_iter().map(|mode| (mode.name, mode.epoch.unwrap_or_default())).collect();

@@ -109,9 +109,9 @@ enum What {
         /// Rounds, each with every mode.
         #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
         rounds: u32,
-        /// Requests of a run with pipelines of 16; a tenth of it without.
-        #[arg(long, default_value_t = 200_000, value_parser = clap::value_parser!(u32).range(100..))]
-        requests: u32,
+        /// About how long each run takes: with pipelines of 16, then without.
+        #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=60))]
+        seconds: u64,
     },
     /// The ways to capture (`[epoch] capture`) side by side: pause, latency, throughput, at several rates of dirtying.
     Strategies {
@@ -131,12 +131,9 @@ enum What {
         /// What else is in `[epoch]`, in words.
         #[arg(long, default_value = "25ms")]
         epoch: String,
-        /// How long a client's replies are measured.
-        #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=3600))]
+        /// How long a client's replies are measured, and then about how long `redis-benchmark` runs, with pipelines of 16.
+        #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=60))]
         seconds: u64,
-        /// Requests of `redis-benchmark`, with pipelines of 16.
-        #[arg(long, default_value_t = 100_000, value_parser = clap::value_parser!(u32).range(100..))]
-        requests: u32,
         /// Rounds, each with everything.
         #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
         rounds: u32,
@@ -156,7 +153,7 @@ enum What {
         #[arg(long, default_value = "25ms")]
         epoch: String,
     },
-    /// Everything above and below, with tables and plots: what docs/performance.md shows. Takes some hours.
+    /// Everything above and below, with tables and plots: what docs/performance.md shows. Takes an hour and a half.
     Report {
         /// Where results, tables and plots go.
         #[arg(long, default_value = "docs/figures")]
@@ -310,14 +307,14 @@ fn with_pairs(what: What, built: &Artifacts, json: Option<PathBuf>) -> anyhow::R
             let plan = latency::Plan { modes, rounds, span: span(seconds), dirty_pages_per_second: dirty_rate };
             tell(&latency::run(&plan, built, progress)?, json)
         }
-        What::Throughput { fixed, adaptive, rounds, requests } => {
-            let loads = vec![(16, requests), (1, requests / 10)];
-            let plan = throughput::Plan { modes: Mode::compared(&fixed, &adaptive), rounds, loads };
+        What::Throughput { fixed, adaptive, rounds, seconds } => {
+            let (modes, pipelines) = (Mode::compared(&fixed, &adaptive), vec![16, 1]);
+            let plan = throughput::Plan { modes, rounds, pipelines, span: span(seconds) };
             tell(&throughput::run(&plan, built, progress)?, json)
         }
-        What::Strategies { strategies, rates, buffer_pages, epoch, seconds, requests, rounds } => {
+        What::Strategies { strategies, rates, buffer_pages, epoch, seconds, rounds } => {
             let (span, dirty_rates) = (span(seconds), rates);
-            let plan = strategies::Plan { strategies, dirty_rates, buffer_pages, epoch, span, requests, rounds };
+            let plan = strategies::Plan { strategies, dirty_rates, buffer_pages, epoch, span, rounds };
             tell(&strategies::run(&plan, built, progress)?, json)
         }
         What::Failover { runs, kills, dirty_rate, epoch } => {
