@@ -13,7 +13,9 @@ use super::table::short;
 use super::{BenchError, host};
 
 /// Pixels of a chart.
-const SIZE: (u32, u32) = (1100, 640);
+const SIZE: (u32, u32) = (1200, 620);
+/// Pixels of its left part; the names of the lines are in the rest.
+const PLOT: u32 = 930;
 const FONT: &str = "sans-serif";
 /// The palette of Okabe and Ito, which everybody can tell apart.
 const COLOURS: [RGBColor; 8] = [
@@ -44,6 +46,8 @@ pub(super) struct Series {
     pub(super) points: Vec<(f64, f64)>,
     /// Something to compare with, not a result of ours.
     pub(super) dashed: bool,
+    /// Which of the colours, counted around.
+    pub(super) colour: usize,
 }
 
 /// All of it.
@@ -106,10 +110,10 @@ impl Chart {
         let text = |error: &dyn std::fmt::Display| error.to_string();
         let area = BitMapBackend::with_buffer(pixels, SIZE).into_drawing_area();
         area.fill(&WHITE).map_err(|e| text(&e))?;
-        let mut context = ChartBuilder::on(&area)
+        let (plot, names) = area.split_horizontally(PLOT);
+        let mut context = ChartBuilder::on(&plot)
             .caption(&self.title, (FONT, 24))
             .margin(16)
-            .margin_right(32)
             .x_label_area_size(52)
             .y_label_area_size(84)
             .build_cartesian_2d(x, y)
@@ -118,42 +122,40 @@ impl Chart {
             .configure_mesh()
             .x_desc(self.x.name)
             .y_desc(self.y.name)
+            .x_labels(8)
+            .y_labels(8)
+            .max_light_lines(1)
             .axis_desc_style((FONT, 19))
             .label_style((FONT, 16))
-            .light_line_style(RGBColor(238, 238, 238))
-            .bold_line_style(RGBColor(214, 214, 214))
-            .x_label_formatter(&|value| short(*value))
-            .y_label_formatter(&|value| short(*value))
+            .light_line_style(RGBColor(243, 243, 243))
+            .bold_line_style(RGBColor(218, 218, 218))
+            .x_label_formatter(&|value| label(*value))
+            .y_label_formatter(&|value| label(*value))
             .draw()
             .map_err(|e| text(&e))?;
-        for (series, colour) in self.series.iter().zip(COLOURS.into_iter().cycle()) {
-            let points = series.points.iter().copied();
-            let style = colour.stroke_width(2);
-            let drawn = if series.dashed {
-                context.draw_series(DashedLineSeries::new(points, 7, 5, style))
+        for (series, at) in self.series.iter().zip((0..).map(|line| 64 + 26 * line)) {
+            let colour = COLOURS[series.colour % COLOURS.len()];
+            let (points, style) = (series.points.iter().copied(), colour.stroke_width(2));
+            let sample = PathElement::new(vec![(4, at), (if series.dashed { 12 } else { 28 }, at)], style);
+            names.draw(&sample).map_err(|e| text(&e))?;
+            names.draw(&Text::new(series.name.clone(), (36, at - 9), (FONT, 17))).map_err(|e| text(&e))?;
+            if series.dashed {
+                let second = PathElement::new(vec![(19, at), (27, at)], style);
+                names.draw(&second).map_err(|e| text(&e))?;
+                context.draw_series(DashedLineSeries::new(points, 7, 5, style)).map_err(|e| text(&e))?;
             } else {
-                context.draw_series(LineSeries::new(points, style))
-            };
-            let dashed = series.dashed;
-            drawn.map_err(|e| text(&e))?.label(&series.name).legend(move |(x, y)| {
-                let end = if dashed { x + 9 } else { x + 22 };
-                PathElement::new(vec![(x, y), (end, y)], style)
-            });
-            if !series.dashed {
+                context.draw_series(LineSeries::new(points, style)).map_err(|e| text(&e))?;
                 let marks = series.points.iter().map(|point| Circle::new(*point, 4, colour.filled()));
                 context.draw_series(marks).map_err(|e| text(&e))?;
             }
         }
-        context
-            .configure_series_labels()
-            .position(SeriesLabelPosition::UpperLeft)
-            .label_font((FONT, 17))
-            .background_style(WHITE.mix(0.85))
-            .border_style(RGBColor(190, 190, 190))
-            .draw()
-            .map_err(|e| text(&e))?;
         area.present().map_err(|e| text(&e))
     }
+}
+
+/// A number beside an axis: no digits that say nothing.
+fn label(value: f64) -> String {
+    if value.fract() == 0.0 { format!("{value:.0}") } else { short(value) }
 }
 
 fn write_png(path: &Path, pixels: &[u8]) -> std::io::Result<()> {
@@ -172,7 +174,8 @@ mod tests {
 
     fn chart(log: bool, points: &[(f64, f64)]) -> Chart {
         let axis = |name| Axis { name, log };
-        let series = [false, true].map(|dashed| Series { name: "one".into(), points: points.to_vec(), dashed });
+        let one = |dashed| Series { name: "one".into(), points: points.to_vec(), dashed, colour: usize::from(dashed) };
+        let series = [false, true].map(one);
         Chart { title: "a chart".into(), x: axis("x"), y: axis("y"), series: series.into() }
     }
 

@@ -6,12 +6,12 @@ use super::BenchError;
 use super::chart::{Axis, Chart, Series};
 use super::{latency, pause, strategies, throughput, tracking, wire};
 
-fn line(name: impl Into<String>, points: Vec<(f64, f64)>) -> Series {
-    Series { name: name.into(), points, dashed: false }
+fn line(colour: usize, name: impl Into<String>, points: Vec<(f64, f64)>) -> Series {
+    Series { name: name.into(), points, dashed: false, colour }
 }
 
-fn dashed(name: impl Into<String>, points: Vec<(f64, f64)>) -> Series {
-    Series { name: name.into(), points, dashed: true }
+fn dashed(colour: usize, name: impl Into<String>, points: Vec<(f64, f64)>) -> Series {
+    Series { name: name.into(), points, dashed: true, colour }
 }
 
 const fn linear(name: &'static str) -> Axis {
@@ -36,12 +36,13 @@ fn distinct<T: PartialEq>(values: impl Iterator<Item = T>) -> Vec<T> {
 /// Pause and floor against dirty pages, for each size of RAM and number of vCPUs.
 pub(super) fn pause(report: &pause::Report) -> Chart {
     let mut series = Vec::new();
-    for (memory, vcpus) in distinct(report.rows.iter().map(|row| (row.memory_bytes, row.vcpus))) {
+    let machines = distinct(report.rows.iter().map(|row| (row.memory_bytes, row.vcpus)));
+    for (colour, (memory, vcpus)) in machines.into_iter().enumerate() {
         let rows = || report.rows.iter().filter(move |row| (row.memory_bytes, row.vcpus) == (memory, vcpus));
         let points = |of: fn(&pause::Row) -> f64| rows().map(|row| (row.dirty_pages.p50, of(row))).collect();
         let name = format!("{} MiB, {vcpus} vCPU", memory >> 20);
-        series.push(line(format!("pause, {name}"), points(|row| row.pause_us.p50)));
-        series.push(dashed(format!("floor, {name}"), points(|row| row.floor_us.p50)));
+        series.push(line(colour, format!("pause, {name}"), points(|row| row.pause_us.p50)));
+        series.push(dashed(colour, format!("floor, {name}"), points(|row| row.floor_us.p50)));
     }
     let title = "Pause until the guest was seen to run, p50".into();
     Chart { title, x: log("dirty pages"), y: log("us"), series }
@@ -49,9 +50,10 @@ pub(super) fn pause(report: &pause::Report) -> Chart {
 
 /// Replies by mode: so many of a hundred take at most so long.
 pub(super) fn latency(report: &latency::Report) -> Chart {
-    let curve =
-        |row: &latency::Row| line(&row.mode, row.curve_us.iter().map(|point| (point.value, point.percent)).collect());
-    let series = report.rows.iter().map(curve).collect();
+    let curve = |(colour, row): (usize, &latency::Row)| {
+        line(colour, &row.mode, row.curve_us.iter().map(|point| (point.value, point.percent)).collect())
+    };
+    let series = report.rows.iter().enumerate().map(curve).collect();
     let title = format!("Reply to one INCR at a time, {} pages dirtied a second", report.dirty_pages_per_second);
     Chart { title, x: log("us"), y: linear("% of the replies take at most that long"), series }
 }
@@ -67,10 +69,10 @@ pub(super) fn throughput(report: &throughput::Report) -> Chart {
         let mut points: Vec<(f64, f64)> =
             rows().filter_map(|row| Some((millis(&row.mode)?, row.requests_per_second))).collect();
         points.sort_by(|one, other| one.0.total_cmp(&other.0));
-        series.push(line(format!("fixed, -P {pipeline}"), points));
+        series.push(line(series.len(), format!("fixed, -P {pipeline}"), points));
         for row in rows().filter(|row| millis(&row.mode).is_none()) {
             let points = [first, last].map(|length| (length, row.requests_per_second)).to_vec();
-            series.push(dashed(format!("{}, -P {pipeline}", row.mode), points));
+            series.push(dashed(series.len(), format!("{}, -P {pipeline}", row.mode), points));
         }
     }
     let title = "redis-benchmark SET, 10 connections".into();
@@ -94,9 +96,9 @@ pub(super) fn wire(report: &wire::Report) -> Chart {
         points
     };
     let series = vec![
-        line("patches, changes in one place", points(true, false)),
-        line("patches, 64 bytes all over", points(true, true)),
-        dashed("whole pages", points(false, false)),
+        line(0, "patches, one place", points(true, false)),
+        line(1, "patches, 64 bytes all over", points(true, true)),
+        dashed(2, "whole pages", points(false, false)),
     ];
     let title = format!("Checkpoints of {} pages on the wire", report.pages);
     Chart { title, x: linear("% of each page changed"), y: linear("wire, % of the pages' bytes"), series }
@@ -105,10 +107,11 @@ pub(super) fn wire(report: &wire::Report) -> Chart {
 /// Pauses of the ways to capture, by what the guest dirties.
 pub(super) fn strategies(report: &strategies::Report) -> Chart {
     let protected = || report.rows.iter().filter(|row| row.pause_us.p50 > 0.0);
-    let series = distinct(protected().map(|row| row.strategy.clone())).into_iter().map(|strategy| {
+    let names = distinct(protected().map(|row| row.strategy.clone()));
+    let series = names.into_iter().enumerate().map(|(colour, strategy)| {
         let rows = protected().filter(|row| row.strategy == strategy);
         let points = rows.map(|row| (f64::from(row.dirty_pages_per_second), row.pause_us.p50)).collect();
-        line(strategy, points)
+        line(colour, strategy, points)
     });
     let title = format!("Pause by way of capture, [epoch] {}, p50", report.epoch);
     Chart { title, x: log("pages dirtied a second"), y: log("us"), series: series.collect() }
@@ -117,9 +120,10 @@ pub(super) fn strategies(report: &strategies::Report) -> Chart {
 /// What each way to know which pages were written costs in an epoch.
 pub(super) fn tracking(report: &tracking::Report) -> Chart {
     let offered = || report.rows.iter().filter(|row| row.offered);
-    let series = distinct(offered().map(|row| row.method)).into_iter().map(|method| {
+    let methods = distinct(offered().map(|row| row.method));
+    let series = methods.into_iter().enumerate().map(|(colour, method)| {
         let rows = offered().filter(|row| row.method == method);
-        line(method.text(), rows.map(|row| (f64::from(row.pages), row.per_epoch_us.p50)).collect())
+        line(colour, method.text(), rows.map(|row| (f64::from(row.pages), row.per_epoch_us.p50)).collect())
     });
     let title = "The guest's writes and the collecting of their pages, one epoch, p50".into();
     Chart { title, x: log("pages written"), y: log("us"), series: series.collect() }
