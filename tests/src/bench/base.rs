@@ -1,13 +1,13 @@
 //! `ftbench base`: how much of its speed the guest keeps while a base is copied, for each share of the time that the copy may take.
 
-use std::fmt::Write as _;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::figures::median;
 use super::pairs::{Bench, Counted, Mode, order, rate};
+use super::table::{Findings, Table, Target};
 use super::{BenchError, host_description};
 use crate::real::artifacts::Artifacts;
 use crate::real::pair::START_LIMIT;
@@ -15,7 +15,7 @@ use crate::real::resp::Connection;
 use crate::real::{Node, clock};
 
 /// Version of the JSON form.
-pub const SCHEMA: &str = "ft.bench.base/1";
+pub const SCHEMA: &str = "ft.bench.base/2";
 /// How often the guest is asked what it has done.
 const ASK_INTERVAL: Duration = Duration::from_millis(10);
 /// How long its speed is measured before the base.
@@ -35,10 +35,10 @@ pub struct Plan {
 }
 
 /// The result.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "the names of the JSON form; docs/performance.md says what each is")]
 pub struct Report {
-    pub schema: &'static str,
+    pub schema: String,
     pub machine: String,
     pub memory: String,
     pub filled_pages: u32,
@@ -46,7 +46,7 @@ pub struct Report {
 }
 
 /// One share. Medians over its runs.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "the names of the JSON form; docs/performance.md says what each is")]
 pub struct Row {
     pub base_share: String,
@@ -56,7 +56,7 @@ pub struct Row {
 }
 
 /// One base.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "the names of the JSON form; docs/performance.md says what each is")]
 pub struct Run {
     pub before_units_per_second: f64,
@@ -86,7 +86,7 @@ pub fn run(plan: &Plan, artifacts: &Artifacts, mut progress: impl FnMut(&str)) -
         runs,
     });
     let (memory, filled_pages, rows) = (plan.memory.clone(), plan.filled_pages, rows.collect());
-    Ok(Report { schema: SCHEMA, machine: host_description(), memory, filled_pages, rows })
+    Ok(Report { schema: SCHEMA.into(), machine: host_description(), memory, filled_pages, rows })
 }
 
 fn one(plan: &Plan, share: &str, artifacts: &Artifacts) -> Result<Run, BenchError> {
@@ -145,23 +145,29 @@ fn fill(client: &mut Connection, pages: u32) -> Result<(), BenchError> {
     order(client, &["FT.DIRTY", "1"])
 }
 
-impl Report {
-    /// The table for people.
-    ///
-    /// # Panics
-    /// Never: a string can be written to.
-    #[must_use]
-    pub fn table(&self) -> String {
-        let (memory, pages) = (&self.memory, self.filled_pages);
-        let mut out = format!(
-            "a base of {memory}, {pages} pages of it with data; medians of runs, in turn; {}\n\n",
-            self.machine
-        );
-        writeln!(out, "{:>12} {:>12} {:>12}", "base_share", "guest keeps", "base, s").expect("a string");
+/// What the guest is to keep of its speed with the default share.
+const KEEPS: f64 = 80.0;
+
+impl Findings for Report {
+    const NAME: &'static str = "base";
+
+    fn tables(&self) -> Vec<Table> {
+        let Self { machine, memory, filled_pages, .. } = self;
+        let title =
+            format!("a base of {memory}, {filled_pages} pages of it with data; medians of runs, in turn; {machine}");
+        let mut table = Table::new(title, &["base_share", "guest keeps, %", "base, s"]);
         for row in &self.rows {
-            let (share, keeps, seconds) = (&row.base_share, row.guest_keeps_ratio * 100.0, row.base_seconds);
-            writeln!(out, "{share:>12} {keeps:>11.1}% {seconds:>12.2}").expect("a string");
+            let figures = [format!("{:.1}", row.guest_keeps_ratio * 100.0), format!("{:.2}", row.base_seconds)];
+            table.row([row.base_share.clone()].into_iter().chain(figures).collect());
         }
-        out
+        vec![table]
+    }
+
+    fn targets(&self) -> Vec<Target> {
+        let keeps = |row: &Row| {
+            let what = format!("guest keeps, %; base_share {}", row.base_share);
+            Target::at_least(what, row.guest_keeps_ratio * 100.0, KEEPS)
+        };
+        self.rows.iter().map(keeps).collect()
     }
 }

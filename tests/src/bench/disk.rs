@@ -1,11 +1,11 @@
 //! `ftbench disk`: a guest's disk with and without a backup, in turn, on one real pair: same process, same image, same host.
 
-use std::fmt::Write as _;
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::figures::Spread;
+use super::table::{Findings, Table};
 use super::{BenchError, host_description};
 use crate::real::artifacts::Artifacts;
 use crate::real::load::LoadReport;
@@ -58,10 +58,10 @@ const LOADS: [Load; 7] = [
 ];
 
 /// The result.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Report {
     /// [`SCHEMA`].
-    pub schema: &'static str,
+    pub schema: String,
     /// Processors and kernel of the host.
     pub machine: String,
     /// Bytes of the disk.
@@ -77,10 +77,10 @@ pub struct Report {
 }
 
 /// One load.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Row {
     /// What the guest does.
-    pub load: &'static str,
+    pub load: String,
     /// While it runs alone.
     pub solo: Side,
     /// While each change and each flush goes to the backup.
@@ -96,7 +96,7 @@ pub struct Row {
 }
 
 /// One load in one mode. Of each percentile the median over the runs; of the longest, the longest.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Side {
     /// Reads or writes a second.
     pub iops_median: f64,
@@ -159,7 +159,7 @@ pub fn run(plan: &Plan, mut progress: impl FnMut(&str)) -> Result<Report, BenchE
     }
     let rows = loads.iter().zip(&samples).zip(repeated).map(|((load, samples), repeated)| row(load, samples, repeated));
     Ok(Report {
-        schema: SCHEMA,
+        schema: SCHEMA.into(),
         machine: host_description(),
         disk_bytes: plan.disk_bytes,
         epoch: plan.epoch.clone(),
@@ -222,7 +222,7 @@ fn row(load: &Load, samples: &[[LoadReport; 2]], repeated: u32) -> Row {
         }
     });
     Row {
-        load: load.name,
+        load: load.name.into(),
         solo,
         protected,
         iops_ratio_median: Spread::of(ratios.clone()).p50,
@@ -239,44 +239,44 @@ fn spread(reports: &[&LoadReport], part: fn(&LoadReport) -> [Duration; 3]) -> Sp
     Spread { p50: p50.p50, p99: p99.p50, max: max.max }
 }
 
-impl Report {
-    /// The table for people.
-    ///
-    /// # Panics
-    /// Never: a string can be written to.
-    #[must_use]
-    pub fn table(&self) -> String {
+impl Findings for Report {
+    const NAME: &'static str = "disk";
+
+    fn tables(&self) -> Vec<Table> {
         let Self { machine, disk_bytes, epoch, runs, seconds, .. } = self;
-        let mut out = format!(
-            "a disk of {} MiB without (solo) and with a backup (protected), epochs of {epoch}; {runs} runs of {seconds} s in turn, medians; {machine}\n\n\
-             {:<50} {:>10} {:>10} {:>6} {:>13}   {:>9} {:>9}   {:>9} {:>9}\n",
-            disk_bytes >> 20,
+        let title = format!(
+            "a disk of {} MiB without (solo) and with a backup (protected), epochs of {epoch}; {runs} runs of {seconds} s in turn, medians; {machine}",
+            disk_bytes >> 20
+        );
+        let heads = [
             "load",
             "solo IOPS",
             "protected",
             "ratio",
-            "least-most",
-            "p50 us",
+            "least",
+            "most",
+            "request p50 us",
             "protected",
-            "flush p50",
+            "flush p50 us",
             "protected",
-        );
+        ];
+        let mut table = Table::new(title, &heads);
         for row in &self.rows {
-            let Row { load, solo, protected, iops_ratio_median: ratio, .. } = row;
-            writeln!(
-                out,
-                "{load:<50} {:>10.0} {:>10.0} {ratio:>6.2} {:>6.2}-{:<6.2}   {:>9.0} {:>9.0}   {:>9.0} {:>9.0}",
-                solo.iops_median,
-                protected.iops_median,
-                row.iops_ratio_least,
-                row.iops_ratio_greatest,
-                solo.latency_us.p50,
-                protected.latency_us.p50,
-                solo.flush_us.p50,
-                protected.flush_us.p50,
-            )
-            .expect("a string");
+            let whole = |figure: f64| format!("{figure:.0}");
+            let two = |figure: f64| format!("{figure:.2}");
+            table.row(vec![
+                row.load.clone(),
+                whole(row.solo.iops_median),
+                whole(row.protected.iops_median),
+                two(row.iops_ratio_median),
+                two(row.iops_ratio_least),
+                two(row.iops_ratio_greatest),
+                whole(row.solo.latency_us.p50),
+                whole(row.protected.latency_us.p50),
+                whole(row.solo.flush_us.p50),
+                whole(row.protected.flush_us.p50),
+            ]);
         }
-        out
+        vec![table]
     }
 }

@@ -2,10 +2,12 @@
 
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
+
+use super::table::short;
 
 /// A distribution, in the unit of the field that holds it.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Spread {
     /// Median.
     pub p50: f64,
@@ -30,6 +32,18 @@ impl Spread {
         Self { p50: middle(|run| run.p50), p99: middle(|run| run.p99), max }
     }
 
+    /// How far the 99th percentile is from the median; zero for none.
+    #[must_use]
+    pub fn tail(&self) -> f64 {
+        ratio(self.p99, self.p50)
+    }
+
+    /// Its points as cells of a table.
+    #[must_use]
+    pub fn cells(&self) -> Vec<String> {
+        [self.p50, self.p99, self.max].map(short).to_vec()
+    }
+
     /// Of numbers as they are. Nearest rank; zero for none.
     #[must_use]
     pub fn of(mut values: Vec<f64>) -> Self {
@@ -40,6 +54,38 @@ impl Spread {
         };
         Self { p50: rank(50), p99: rank(99), max: rank(100) }
     }
+}
+
+/// One point of a distribution's curve: so many of a hundred are not above it.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Percentile {
+    /// So many of a hundred.
+    pub percent: f64,
+    /// The value, in the unit of the field that holds it.
+    pub value: f64,
+}
+
+/// Where a curve has its points.
+const CURVE: [f64; 17] =
+    [0.0, 1.0, 5.0, 10.0, 20.0, 30.0, 40.0, 50.0, 60.0, 70.0, 80.0, 90.0, 95.0, 99.0, 99.5, 99.9, 100.0];
+
+/// The curve of a distribution. Nearest rank; empty for none.
+#[must_use]
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "ranks: whole, positive and small")]
+pub fn curve(mut values: Vec<f64>) -> Vec<Percentile> {
+    values.sort_unstable_by(f64::total_cmp);
+    let count = values.len() as f64;
+    let at = |percent: f64| {
+        let rank = ((count * percent / 100.0).ceil() as usize).saturating_sub(1);
+        values.get(rank).map(|&value| Percentile { percent, value })
+    };
+    CURVE.into_iter().filter_map(at).collect()
+}
+
+/// One by the other; zero where there is nothing to divide by.
+#[must_use]
+pub fn ratio(one: f64, other: f64) -> f64 {
+    if other == 0.0 { 0.0 } else { one / other }
 }
 
 /// The middle one, or the mean of both; zero for none.
@@ -65,7 +111,16 @@ mod tests {
         let run = |p50: f64| Spread { p50, p99: 10.0 * p50, max: 100.0 * p50 };
         let runs = Spread::of_runs([run(1.0), run(5.0), run(2.0)].into_iter());
         assert_eq!((runs.p50, runs.p99, runs.max), (2.0, 20.0, 500.0));
+        assert_eq!((runs.tail(), Spread::default().tail()), (10.0, 0.0));
         let one = Spread::of_us(std::iter::once(Duration::from_micros(7)));
         assert_eq!((one.p50.round(), one.p99.round(), one.max.round()), (7.0, 7.0, 7.0));
+    }
+
+    #[test]
+    fn curves_go_from_the_least_to_the_largest() {
+        let curve = curve((1..=1000).rev().map(f64::from).collect());
+        let at = |wanted: f64| curve.iter().find(|point| point.percent == wanted).map(|point| point.value);
+        assert_eq!([0.0, 50.0, 99.9, 100.0].map(at), [Some(1.0), Some(500.0), Some(999.0), Some(1000.0)]);
+        assert!(super::curve(Vec::new()).is_empty());
     }
 }

@@ -28,11 +28,11 @@ const PDPT: u64 = 0x2000;
 const DIRECTORIES: u64 = 0x3000;
 const CODE: u64 = 0x1_0000;
 /// What the guest is told: round, count of pages, address of the first.
-const TOLD: u64 = 0x1_1000;
+pub(super) const TOLD: u64 = 0x1_1000;
 /// What it says: a heartbeat, and the last round that it did.
-const SAID: u64 = 0x1_2000;
+pub(super) const SAID: u64 = 0x1_2000;
 /// The first page that it dirties.
-const DATA: u64 = 16 << 20;
+pub(super) const DATA: u64 = 16 << 20;
 const GIB: u64 = 1 << 30;
 const LARGE_PAGE: u64 = 2 << 20;
 /// Present, writable, user, accessed and dirty: KVM has no bit to set, and thus no page table to dirty.
@@ -96,14 +96,14 @@ enum Answer {
 }
 
 /// Guest memory as this side sees it.
-struct Words(Arc<GuestRam>);
+pub(super) struct Words(pub(super) Arc<GuestRam>);
 
 impl Words {
-    fn at(&self, address: u64) -> *mut u8 {
+    pub(super) fn at(&self, address: u64) -> *mut u8 {
         self.0.tracked().get_host_address(GuestAddress(address)).expect("an address that lies in RAM")
     }
 
-    fn word(&self, address: u64) -> &AtomicU64 {
+    pub(super) fn word(&self, address: u64) -> &AtomicU64 {
         // SAFETY: eight aligned bytes of a mapping that lives as long as `self`; guest and host only touch them whole.
         unsafe { AtomicU64::from_ptr(self.at(address).cast()) }
     }
@@ -249,7 +249,8 @@ impl Drop for Floor {
     }
 }
 
-fn write_memory(words: &Words, memory_bytes: u64) {
+/// Puts the guest's page tables and its program into its memory.
+pub(super) fn write_memory(words: &Words, memory_bytes: u64) {
     let mapped = memory_bytes.min(vmm::memory::LOW_RAM_END);
     words.word(PML4).store(PDPT | TABLE, Ordering::SeqCst);
     for directory in 0..mapped.div_ceil(GIB) {
@@ -409,7 +410,7 @@ fn msr_buffer(vcpu: &VcpuFd, listed: &[u32]) -> Msrs {
 }
 
 /// 64-bit mode at CPL 3, interrupts off.
-fn set_registers(vcpu: &VcpuFd) -> Result<(), BenchError> {
+pub(super) fn set_registers(vcpu: &VcpuFd) -> Result<(), BenchError> {
     let mut sregs = vcpu.get_sregs().map_err(host("KVM_GET_SREGS"))?;
     let segment = |selector, type_, l| kvm_segment {
         base: 0,

@@ -1,27 +1,42 @@
 //! The benchmark binary's subcommands.
 //!
-//! * [`disk`]: a guest's disk with and without a backup, in turn
 //! * [`pause`]: the pause of the product, beside its floor in the same run
-//! * [`subject`]: the product's machine under a dirtying load, and one checkpoint of it
+//! * [`subject`]: the product's machine under a dirtying load, and one checkpoint of it; [`pulse`]: how another thread sees that its guest runs
 //! * [`floor`]: what a pause costs at least, on a plain KVM VM
-//! * [`latency`], [`throughput`]: what clients notice, unprotected, with fixed epochs and with such as follow the work
+//! * [`qemu`]: the downtime of QEMU's live migration, beside that pause
+//! * [`tracking`]: the ways to know which pages were written, on a plain KVM VM
 //! * [`epochs`]: what many checkpoints a second cost the guest
-//! * [`base`]: what the copying of a base costs it
+//! * [`latency`], [`throughput`]: what clients notice, unprotected, with fixed epochs and with such as follow the work
+//! * [`strategies`]: the ways to capture, by what the guest and its clients notice
 //! * [`wire`]: what checkpoints cost on the wire, by what changed
+//! * [`failover`]: the gap that a client sees, part by part
+//! * [`base`]: what the copying of a base costs the guest
+//! * [`disk`]: a guest's disk with and without a backup, in turn
+//! * [`report`]: all of these, their tables and plots
 //! * [`pairs`]: real pairs for these, [`processors`]: who runs where, and for how long
-//! * [`figures`]: distributions of what was measured
+//! * [`figures`]: distributions of what was measured, [`table`]: results for people, pages and programs
 
 pub mod base;
+mod chart;
 pub mod disk;
 pub mod epochs;
+pub mod failover;
 pub mod figures;
 pub mod floor;
 pub mod latency;
 pub mod pairs;
 pub mod pause;
+mod plots;
 pub mod processors;
+pub mod pulse;
+pub mod qemu;
+mod qmp;
+pub mod report;
+pub mod strategies;
 pub mod subject;
+pub mod table;
 pub mod throughput;
+pub mod tracking;
 pub mod wire;
 
 /// What a benchmark could not do. One line for people.

@@ -3,7 +3,7 @@
 use std::io;
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::BenchError;
 use super::figures::Spread;
@@ -40,10 +40,26 @@ impl Mode {
         Self { name: epoch.into(), epoch: Some(epoch.into()) }
     }
 
-    /// The three that are compared: nobody there, the clock, and a target.
+    /// Those that are compared: nobody there, clocks, and targets.
     #[must_use]
-    pub fn compared(fixed: &str, adaptive: &str) -> Vec<Self> {
-        vec![Self::unprotected(), Self::protected(fixed), Self::protected(adaptive)]
+    pub fn compared(fixed: &[String], adaptive: &[String]) -> Vec<Self> {
+        let protected = fixed.iter().chain(adaptive).map(|epoch| Self::protected(epoch));
+        std::iter::once(Self::unprotected()).chain(protected).collect()
+    }
+
+    /// Whether the programs take such a configuration: before hours of measuring, not in them.
+    ///
+    /// # Errors
+    /// They do not, in their words.
+    pub fn check(&self, artifacts: &Artifacts) -> Result<(), BenchError> {
+        let Some(epoch) = &self.epoch else { return Ok(()) };
+        let options = PairOptions { epoch: epoch.clone(), ..PairOptions::new(MachineKind::Kvm) };
+        let pair = Pair::prepare(artifacts.clone(), &options)?;
+        let said = pair.ftctl(Node::A, &["config", "check"])?;
+        match said.success("ftctl config check") {
+            Ok(_) => Ok(()),
+            Err(error) => Err(BenchError::Wrong(format!("these programs do not know [epoch] {epoch:?}: {error}"))),
+        }
     }
 }
 
@@ -101,7 +117,7 @@ impl Bench {
 }
 
 /// What the owner measured of its checkpoints.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "the names of the JSON form; docs/performance.md says what each is")]
 pub struct Checkpoints {
     pub epochs_per_second: f64,

@@ -2,7 +2,8 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, Sender, bounded};
 use failover::status::{Labels, NodeRole, StatusBoard};
@@ -15,15 +16,19 @@ use primary::output::queue::QueueLimits;
 use primary::output::{Gate, World};
 use primary::staging::Arena;
 use primary::verify::Verifier;
-use replication_proto::{Epoch, Incarnation};
-use vmm::{FramePort, KvmMachine, Machine, MachineIo, PAGE_SIZE, PausedVm, SectionKind, SocketPort, Tracking};
+use replication_proto::{Epoch, Incarnation, PageIndex};
+use vm_memory::{GuestAddress, GuestMemoryBackend, VolatileMemory};
+use vmm::{
+    FramePort, GuestRam, KvmMachine, Machine, MachineIo, PAGE_SIZE, PausedVm, SectionKind, SocketPort, Tracking,
+};
 
+use super::pulse::Pulse;
 use super::{BenchError, host};
 use crate::machine::client::say;
 use crate::machine::demo_config;
 
 /// Pages that the guest writes a second: as fast as a busy server, and less than what first writes after a checkpoint allow here.
-const RATE: u64 = 200_000;
+pub(super) const RATE: u64 = 200_000;
 /// Frames that may wait for the client that sets the load.
 const FRAMES: usize = 256;
 /// Limits like those of the default configuration.
@@ -49,7 +54,9 @@ impl World for Sink {
 pub struct Sample {
     /// Where the time went.
     pub pause: PauseParts,
-    /// Pages that were really dirty, and staged.
+    /// From before the stop until another thread saw the guest compute again.
+    pub seen: Duration,
+    /// Pages that were really dirty, and staged; none when the guest had no processor in the epoch.
     pub pages: usize,
 }
 
@@ -60,6 +67,8 @@ pub struct Subject {
     vcpus: u8,
     ended: u64,
     interval: Duration,
+    /// Where the guest computes: a word of its RAM.
+    pulse: Pulse,
 }
 
 impl Subject {
@@ -103,9 +112,14 @@ impl Subject {
         };
         // Long enough for each page of the working set to be written once, whatever the guest's timer adds.
         let round = Duration::from_micros(u64::from(pages) * 1_000_000 / RATE);
-        let mut subject =
-            Self { machine, parts, vcpus, ended: 0, interval: round + round / 4 + Duration::from_millis(2) };
-        subject.checkpoint()?;
+        let interval = round + round / 4 + Duration::from_millis(2);
+        let mut subject = Self { machine, parts, vcpus, ended: 0, interval, pulse: Pulse(0) };
+        let (first, _) = subject.end_epoch()?;
+        let words = |page: &PageIndex| (page.0 * 4096..(page.0 + 1) * 4096).step_by(8);
+        let places: Vec<u64> = first.pages.indexes.iter().flat_map(words).collect();
+        subject.retire(first);
+        let ram = subject.machine.ram();
+        subject.pulse = Pulse::find(&places, |place| word(ram, place))?;
         subject.parts.gate.release_on_commit();
         Ok(subject)
     }
@@ -113,19 +127,43 @@ impl Subject {
     /// Lets the guest run for an epoch and ends it with a checkpoint, through the product's own path.
     ///
     /// # Errors
-    /// A checkpoint that failed, or that is not one: sections missing, pages not staged.
+    /// A checkpoint that failed, or that is not one: sections missing, pages not staged; a guest that does not run on.
     pub fn checkpoint(&mut self) -> Result<Sample, BenchError> {
+        let (staged, pause) = self.end_epoch()?;
+        let before = self.pulse_in(&staged);
+        let ram = self.machine.ram();
+        while before == Some(word(ram, self.pulse.0)) {
+            if staged.resumed.elapsed() > PATIENCE {
+                return Err(BenchError::Wrong("the guest does not run on after a checkpoint".into()));
+            }
+            // On a busy host the vCPU's thread may wait for this very processor.
+            std::thread::yield_now();
+        }
+        let seen = pause.whole + (Instant::now() - staged.resumed);
+        self.check(&staged)?;
+        // A guest that computed nothing had no processor: nothing of it was measured.
+        let pages = before.map_or(0, |_| staged.pages.len());
+        self.retire(staged);
+        Ok(Sample { pause, seen, pages })
+    }
+
+    fn end_epoch(&mut self) -> Result<(StagedCheckpoint, PauseParts), BenchError> {
         // An epoch is an interval of time.
         std::thread::sleep(self.interval);
         self.ended += 1;
-        let epoch = Epoch(self.ended);
-        let (staged, pause) = stage(&mut self.machine, &self.parts, epoch, Afterwards::RunsOn)?;
-        self.check(&staged)?;
-        let StagedCheckpoint { pages, dirty, .. } = staged;
-        let pages = pages.len();
-        dirty.retire();
-        self.parts.gate.committed(epoch);
-        Ok(Sample { pause, pages })
+        Ok(stage(&mut self.machine, &self.parts, Epoch(self.ended), Afterwards::RunsOn)?)
+    }
+
+    fn retire(&self, staged: StagedCheckpoint) {
+        staged.dirty.retire();
+        self.parts.gate.committed(staged.epoch);
+    }
+
+    /// What the guest had computed when it was stopped, as it was staged; `None` when it computed nothing in the epoch.
+    fn pulse_in(&self, staged: &StagedCheckpoint) -> Option<u64> {
+        let (page, offset) = (PageIndex(self.pulse.0 / 4096), usize::try_from(self.pulse.0 % 4096).unwrap_or(0));
+        let at = staged.pages.indexes.binary_search(&page).ok()?;
+        staged.pages.bytes().get(at * PAGE_SIZE + offset..)?.first_chunk().copied().map(u64::from_le_bytes)
     }
 
     /// Runs `during` with the guest stopped, so that it takes no processor time.
@@ -152,6 +190,15 @@ impl Subject {
         }
         Ok(())
     }
+}
+
+/// A word of guest RAM, which the guest may be writing.
+///
+/// # Panics
+/// If there is none at this address: it comes from a page of a checkpoint.
+fn word(ram: &GuestRam, address: u64) -> u64 {
+    let slice = ram.tracked().get_slice(GuestAddress(address), 8).expect("a page of a checkpoint is RAM");
+    slice.get_atomic_ref::<AtomicU64>(0).expect("a word of a page is aligned").load(Ordering::Relaxed)
 }
 
 /// The guest computes whenever it does not dirty pages: a pause finds its vCPU running, as the floor's does. One that sleeps has to be woken by the host

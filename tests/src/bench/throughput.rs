@@ -1,23 +1,25 @@
 //! `ftbench throughput`: `redis-benchmark` against the guest, unprotected, with fixed epochs and with such as follow the work, in turn.
 
-use std::fmt::Write as _;
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
-use super::figures::{Spread, median};
+use super::figures::{Spread, median, ratio};
 use super::pairs::{Bench, Checkpoints, Mode};
+use super::table::{Findings, Table, Target};
 use super::{BenchError, host_description};
 use crate::real::artifacts::Artifacts;
 use crate::real::network::{GUEST_IP, GUEST_PORT};
 use crate::real::tools;
 
 /// Version of the JSON form.
-pub const SCHEMA: &str = "ft.bench.throughput/1";
+pub const SCHEMA: &str = "ft.bench.throughput/2";
 /// How long one run may take.
 const LIMIT: Duration = Duration::from_secs(300);
 /// Connections, as `redis-benchmark -c`.
 const CONNECTIONS: &str = "10";
+/// Requests of the trial before a run, for each that a connection has on its way at once: twenty round trips.
+const TRIAL: u32 = 200;
 
 /// What to measure.
 #[derive(Clone, Debug)]
@@ -26,26 +28,28 @@ pub struct Plan {
     pub modes: Vec<Mode>,
     /// Rounds.
     pub rounds: u32,
-    /// Requests that each connection has on their way at once, with the number of requests of a run.
-    pub loads: Vec<(u32, u32)>,
+    /// Requests that each connection has on their way at once.
+    pub pipelines: Vec<u32>,
+    /// About how long each run takes.
+    pub span: Duration,
 }
 
 /// The result.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "the names of the JSON form; docs/performance.md says what each is")]
 pub struct Report {
-    pub schema: &'static str,
+    pub schema: String,
     pub machine: String,
+    pub seconds_per_run: f64,
     pub rows: Vec<Row>,
 }
 
 /// One mode under one load. Medians over its runs.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "the names of the JSON form; docs/performance.md says what each is")]
 pub struct Row {
     pub mode: String,
     pub pipeline: u32,
-    pub requests: u32,
     pub requests_per_second: f64,
     pub ratio_to_first: f64,
     pub reply_us: Spread,
@@ -53,9 +57,10 @@ pub struct Row {
 }
 
 /// One run.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "the names of the JSON form; docs/performance.md says what each is")]
 pub struct Run {
+    pub requests: u32,
     pub requests_per_second: f64,
     pub reply_us: Spread,
     pub checkpoints: Checkpoints,
@@ -67,12 +72,13 @@ pub struct Run {
 /// The first thing that goes wrong.
 pub fn run(plan: &Plan, artifacts: &Artifacts, mut progress: impl FnMut(&str)) -> Result<Report, BenchError> {
     tools::require("redis-benchmark")?;
-    let mut runs = vec![vec![Vec::new(); plan.loads.len()]; plan.modes.len()];
+    plan.modes.iter().try_for_each(|mode| mode.check(artifacts))?;
+    let mut runs = vec![vec![Vec::new(); plan.pipelines.len()]; plan.modes.len()];
     for round in 1..=plan.rounds {
         for (mode, runs) in plan.modes.iter().zip(&mut runs) {
             let bench = Bench::start(artifacts, mode, "256MiB", "")?;
-            for (&(pipeline, requests), runs) in plan.loads.iter().zip(runs) {
-                let run = one(&bench, pipeline, requests)?;
+            for (&pipeline, runs) in plan.pipelines.iter().zip(runs) {
+                let run = one(&bench, pipeline, plan.span)?;
                 let rate = run.requests_per_second;
                 progress(&format!("round {round}, {}, pipeline {pipeline}: {rate:.0} requests/s", mode.name));
                 runs.push(run);
@@ -83,40 +89,40 @@ pub fn run(plan: &Plan, artifacts: &Artifacts, mut progress: impl FnMut(&str)) -
     let first: Vec<f64> = runs.first().into_iter().flatten().map(|runs| middle(runs)).collect();
     let mut rows = Vec::new();
     for (mode, runs) in plan.modes.iter().zip(runs) {
-        for ((&(pipeline, requests), runs), first) in plan.loads.iter().zip(runs).zip(&first) {
+        for ((&pipeline, runs), first) in plan.pipelines.iter().zip(runs).zip(&first) {
             let requests_per_second = middle(&runs);
-            let (mode, ratio_to_first) = (mode.name.clone(), requests_per_second / first);
+            let (mode, ratio_to_first) = (mode.name.clone(), ratio(requests_per_second, *first));
             let reply_us = Spread::of_runs(runs.iter().map(|run| run.reply_us));
-            rows.push(Row { mode, pipeline, requests, requests_per_second, ratio_to_first, reply_us, runs });
+            rows.push(Row { mode, pipeline, requests_per_second, ratio_to_first, reply_us, runs });
         }
     }
-    Ok(Report { schema: SCHEMA, machine: host_description(), rows })
+    let seconds_per_run = plan.span.as_secs_f64();
+    Ok(Report { schema: SCHEMA.into(), machine: host_description(), seconds_per_run, rows })
 }
 
-fn one(bench: &Bench, pipeline: u32, requests: u32) -> Result<Run, BenchError> {
-    let words = [GUEST_PORT.to_string(), requests.to_string(), pipeline.to_string()];
-    let [port, requests, pipeline] = words.each_ref().map(String::as_str);
-    let words = [
-        "-h",
-        GUEST_IP,
-        "-p",
-        port,
-        "-t",
-        "set",
-        "-n",
-        requests,
-        "-P",
-        pipeline,
-        "-c",
-        CONNECTIONS,
-        "-r",
-        "10000",
-        "--csv",
-    ];
+/// One run of `redis-benchmark` that takes about so long: a short one before tells how many requests these are.
+///
+/// # Errors
+/// It failed, or the state of the pair changed meanwhile.
+pub fn one(bench: &Bench, pipeline: u32, span: Duration) -> Result<Run, BenchError> {
+    let trial = TRIAL * pipeline;
+    let (rate, _) = load(bench, pipeline, trial)?;
+    let requests = requests_in(rate, span).max(trial);
+    let (requests_per_second, reply_us) = load(bench, pipeline, requests)?;
+    Ok(Run { requests, requests_per_second, reply_us, checkpoints: Checkpoints::of(&bench.status()?) })
+}
+
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "some thousands to some millions")]
+fn requests_in(rate: f64, span: Duration) -> u32 {
+    (rate * span.as_secs_f64()).round() as u32
+}
+
+fn load(bench: &Bench, pipeline: u32, requests: u32) -> Result<(f64, Spread), BenchError> {
+    let [port, pipeline, requests] = [u32::from(GUEST_PORT), pipeline, requests].map(|number| number.to_string());
+    let to = ["-h", GUEST_IP, "-p", &port, "-t", "set", "-c", CONNECTIONS, "-r", "10000", "--csv"];
+    let words: Vec<&str> = to.into_iter().chain(["-n", &requests, "-P", &pipeline]).collect();
     let said = bench.pair.run_client("redis-benchmark", &words, LIMIT)?.success("redis-benchmark")?;
-    let (requests_per_second, reply_us) =
-        parse(&said).ok_or_else(|| BenchError::Wrong(format!("redis-benchmark said {said:?}")))?;
-    Ok(Run { requests_per_second, reply_us, checkpoints: Checkpoints::of(&bench.status()?) })
+    parse(&said).ok_or_else(|| BenchError::Wrong(format!("redis-benchmark said {said:?}")))
 }
 
 /// `"SET","rps","avg","min","p50","p95","p99","max"`, times in milliseconds, after a line with the names.
@@ -127,32 +133,47 @@ fn parse(csv: &str) -> Option<(f64, Spread)> {
     Some((*rate, Spread { p50: p50 * 1e3, p99: p99 * 1e3, max: max * 1e3 }))
 }
 
-impl Report {
-    /// The table for people.
-    ///
-    /// # Panics
-    /// Never: a string can be written to.
-    #[must_use]
-    pub fn table(&self) -> String {
-        let mut out =
-            format!("redis-benchmark SET, {CONNECTIONS} connections; medians of runs, in turn; {}\n\n", self.machine);
-        writeln!(
-            out,
-            "{:>24} {:>9} {:>11} {:>7} {:>9} {:>9} {:>9} {:>9}",
-            "", "pipeline", "requests/s", "ratio", "p50 us", "p99 us", "max us", "epochs/s"
-        )
-        .expect("a string");
+/// What a guest is to keep of its requests a second with pipelines of [`TARGET_PIPELINE`], where the target of a mode is an overhead.
+const KEEPS: f64 = 0.7;
+/// Requests on their way on each connection in the load that has a target.
+const TARGET_PIPELINE: u32 = 16;
+
+impl Findings for Report {
+    const NAME: &'static str = "throughput";
+
+    fn tables(&self) -> Vec<Table> {
+        let title = format!(
+            "redis-benchmark SET, {CONNECTIONS} connections; medians of {} runs of about {} s, in turn; {}",
+            self.rows.first().map_or(0, |row| row.runs.len()),
+            self.seconds_per_run,
+            self.machine
+        );
+        let heads = ["", "pipeline", "requests/s", "ratio", "p50 us", "p99 us", "max us", "epochs/s", "pause p50 us"];
+        let mut table = Table::new(title, &heads);
         for row in &self.rows {
+            let middle = |part: fn(&Run) -> f64| median(row.runs.iter().map(part).collect());
+            let mut cells = vec![
+                row.mode.clone(),
+                row.pipeline.to_string(),
+                format!("{:.0}", row.requests_per_second),
+                format!("{:.2}", row.ratio_to_first),
+            ];
             let Spread { p50, p99, max } = row.reply_us;
-            let epochs = median(row.runs.iter().map(|run| run.checkpoints.epochs_per_second).collect());
-            writeln!(
-                out,
-                "{:>24} {:>9} {:>11.0} {:>7.2} {p50:>9.0} {p99:>9.0} {max:>9.0} {epochs:>9.0}",
-                row.mode, row.pipeline, row.requests_per_second, row.ratio_to_first
-            )
-            .expect("a string");
+            let rest =
+                [p50, p99, max, middle(|r| r.checkpoints.epochs_per_second), middle(|r| r.checkpoints.pause_us.p50)];
+            cells.extend(rest.iter().map(|figure| format!("{figure:.0}")));
+            table.row(cells);
         }
-        out
+        vec![table]
+    }
+
+    fn targets(&self) -> Vec<Target> {
+        let auto = |row: &&Row| row.mode.starts_with("overhead=") && row.pipeline == TARGET_PIPELINE;
+        let target = |row: &Row| {
+            let what = format!("requests/s over unprotected; {}, pipeline {}", row.mode, row.pipeline);
+            Target::at_least(what, row.ratio_to_first, KEEPS)
+        };
+        self.rows.iter().filter(auto).map(target).collect()
     }
 }
 

@@ -1,7 +1,6 @@
 //! What a checkpoint costs on the wire, and in processor time, by what changed in its pages. The real two halves of a data connection, with a TCP
 //! connection over loopback between two threads; patches of earlier copies against whole pages, in turn.
 
-use std::fmt::Write as _;
 use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::time::Duration;
@@ -13,14 +12,18 @@ use replication_proto::{
     Receiver, ReceiverConfig, ReceiverEvent, ReceiverLimits, Sender, SenderConfig, SenderEvent, Standing, VmId,
 };
 use rustix::time::{ClockId, clock_gettime};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::figures::{Spread, median};
+use super::table::{Findings, Table, Target};
 use super::{BenchError, host, host_description};
 use crate::real::rng::mix;
 
+/// Version of the JSON form.
+pub const SCHEMA: &str = "ft.bench.wire/2";
+
 /// What happens to each page between two checkpoints.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Change {
     /// 64 bytes side by side.
@@ -29,6 +32,8 @@ pub enum Change {
     Scattered,
     /// A quarter of the page.
     Quarter,
+    /// Half of it.
+    Half,
     /// Every byte, by noise.
     Whole,
     /// It was written and is as before.
@@ -37,7 +42,7 @@ pub enum Change {
 
 impl Change {
     /// All of them.
-    pub const ALL: [Self; 5] = [Self::Line, Self::Scattered, Self::Quarter, Self::Whole, Self::Nothing];
+    pub const ALL: [Self; 6] = [Self::Line, Self::Scattered, Self::Quarter, Self::Half, Self::Whole, Self::Nothing];
 
     /// For people.
     #[must_use]
@@ -46,6 +51,7 @@ impl Change {
             Self::Line => "64 bytes in one place",
             Self::Scattered => "64 bytes all over",
             Self::Quarter => "a quarter, in one place",
+            Self::Half => "half, in one place",
             Self::Whole => "every byte, at random",
             Self::Nothing => "nothing",
         }
@@ -53,18 +59,29 @@ impl Change {
 
     fn make(self, page: &mut [u8], seed: u64) {
         let noise = |at: usize| mix(seed ^ (at as u64) << 20).to_le_bytes();
+        // Anywhere below 2048, so that half a page fits behind it.
         let start = usize::from(noise(0)[0]) * 8;
+        let fill = |bytes: &mut [u8]| bytes.as_chunks_mut().0.iter_mut().enumerate().for_each(|(n, w)| *w = noise(n));
         match self {
-            Self::Line => {
-                page[start..start + 64].as_chunks_mut().0.iter_mut().enumerate().for_each(|(n, w)| *w = noise(n))
-            }
+            Self::Line => fill(&mut page[start..start + 64]),
             // Never what was there before.
             Self::Scattered => page.iter_mut().skip(start % 64).step_by(64).for_each(|byte| *byte ^= noise(1)[0] | 1),
-            Self::Quarter => {
-                page[start..start + 1024].as_chunks_mut().0.iter_mut().enumerate().for_each(|(n, w)| *w = noise(n));
-            }
-            Self::Whole => page.as_chunks_mut().0.iter_mut().enumerate().for_each(|(n, w)| *w = noise(n)),
+            Self::Quarter => fill(&mut page[start..start + 1024]),
+            Self::Half => fill(&mut page[start..start + 2048]),
+            Self::Whole => fill(page),
             Self::Nothing => {}
+        }
+    }
+
+    /// Bytes that it changes in a page.
+    #[must_use]
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::Line | Self::Scattered => 64,
+            Self::Quarter => 1024,
+            Self::Half => 2048,
+            Self::Whole => PAGE_BYTES,
+            Self::Nothing => 0,
         }
     }
 }
@@ -81,7 +98,7 @@ pub struct Plan {
 }
 
 /// One line.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Line {
     /// What happened to the pages.
     pub change: Change,
@@ -96,46 +113,54 @@ pub struct Line {
 }
 
 /// The result.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Report {
     /// Name and version of this document.
-    pub schema: &'static str,
+    pub schema: String,
     /// The host.
-    pub host: String,
+    pub machine: String,
     /// Pages in each checkpoint.
     pub pages: u32,
     /// All lines.
     pub lines: Vec<Line>,
 }
 
-impl Report {
-    /// For people.
-    #[must_use]
-    pub fn table(&self) -> String {
-        let mut out = format!(
-            "checkpoints of {} pages over a loopback connection, read, verified and acknowledged; medians; {}\n\n\
-             {:<26}{:<14}{:>12}{:>14}{:>14}{:>10}\n",
-            self.pages,
-            self.host,
-            "changed in each page",
-            "sent as",
-            "wire/pages",
-            "CPU us/page",
-            "commit p50 us",
-            "p99"
+/// Most bytes on the wire for a byte of pages, where 64 bytes changed in each.
+const SMALL: f64 = 0.1;
+/// The same where every byte changed, by noise.
+const NOISE: f64 = 1.02;
+
+impl Findings for Report {
+    const NAME: &'static str = "wire";
+
+    fn tables(&self) -> Vec<Table> {
+        let title = format!(
+            "checkpoints of {} pages over a loopback connection, read, verified and acknowledged; CPU of both sides, kernel included; medians; {}",
+            self.pages, self.machine
         );
+        let heads = ["changed in each page", "sent as", "wire/pages", "CPU us/page", "commit p50 us", "p99"];
+        let mut table = Table::new(title, &heads);
         for Line { change, patches, wire_ratio, cpu_us_per_page, commit_us } in &self.lines {
             let sent = if *patches { "patches" } else { "whole pages" };
-            writeln!(
-                out,
-                "{:<26}{sent:<14}{wire_ratio:>12.4}{cpu_us_per_page:>14.3}{:>14.0}{:>10.0}",
-                change.text(),
-                commit_us.p50,
-                commit_us.p99
-            )
-            .expect("a string takes everything");
+            table.row(vec![
+                change.text().into(),
+                sent.into(),
+                format!("{wire_ratio:.4}"),
+                format!("{cpu_us_per_page:.2}"),
+                format!("{:.0}", commit_us.p50),
+                format!("{:.0}", commit_us.p99),
+            ]);
         }
-        out
+        vec![table]
+    }
+
+    fn targets(&self) -> Vec<Target> {
+        let limits = [(Change::Line, SMALL), (Change::Scattered, SMALL), (Change::Whole, NOISE)];
+        let target = |(change, limit): (Change, f64)| {
+            let line = self.lines.iter().find(|line| line.change == change && line.patches)?;
+            Some(Target::at_most(format!("wire / pages; {}", change.text()), line.wire_ratio, limit))
+        };
+        limits.into_iter().filter_map(target).collect()
     }
 }
 
@@ -159,7 +184,7 @@ pub fn run(plan: &Plan, progress: impl Fn(&str)) -> Result<Report, BenchError> {
         cpu_us_per_page: median(runs.iter().map(|run| run.cpu_us_per_page).collect()),
         commit_us: Spread::of_runs(runs.iter().map(|run| run.commit_us)),
     });
-    Ok(Report { schema: "ft.bench.wire/1", host: host_description(), pages: plan.pages, lines: lines.collect() })
+    Ok(Report { schema: SCHEMA.into(), machine: host_description(), pages: plan.pages, lines: lines.collect() })
 }
 
 #[derive(Clone)]

@@ -72,6 +72,21 @@ impl Artifacts {
         Ok(Self { bin, ..plain })
     }
 
+    /// The demo's program, built beside the others; with `FT_BIN_DIR` set it is taken from there.
+    pub fn build_demo(&self) -> Result<PathBuf> {
+        if std::env::var_os("FT_BIN_DIR").is_none() {
+            let target = self.bin.parent().unwrap_or(&self.bin);
+            let mut command = cargo();
+            command.args(["build", "--quiet", "-p", "examples", "--bin", "demo"]);
+            if !cfg!(debug_assertions) {
+                command.arg("--release");
+            }
+            command.arg("--target-dir").arg(target);
+            run(command)?;
+        }
+        Ok(self.program("demo"))
+    }
+
     /// Path of one of the programs.
     #[must_use]
     pub fn program(&self, name: &str) -> PathBuf {

@@ -1,0 +1,92 @@
+//! A word of guest memory that the running guest changes all the time: by it another thread sees that the guest runs, and that it stands.
+//!
+//! The demo guest under `FT.WORK 1` keeps the state of its computation in memory and changes it some hundred million times a second. Where that is depends on the
+//! build, so it is looked for: among words that differ at each look, the one that differs most often.
+
+use std::time::{Duration, Instant};
+
+use super::BenchError;
+
+/// Between two looks when candidates are sorted out.
+const SIEVE: Duration = Duration::from_micros(300);
+/// Looks at each candidate that is left, and the time between two of them.
+const LOOKS: u32 = 200;
+const BETWEEN: Duration = Duration::from_micros(2);
+/// A pulse that beats: of a hundred looks so many find another value. The rest is when the guest looks at its network.
+const BEATS: u32 = 60;
+/// Candidates that are looked at one by one.
+const CANDIDATES: usize = 64;
+/// How long a busy host may keep the guest from running.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Where the word is, in the terms of whoever reads it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pulse(pub u64);
+
+impl Pulse {
+    /// Finds one among the words at `places`, each of which `word` can read.
+    ///
+    /// # Errors
+    /// None of them beats: the guest does not compute.
+    pub fn find(places: &[u64], word: impl Fn(u64) -> u64) -> Result<Self, BenchError> {
+        let began = Instant::now();
+        while began.elapsed() < PATIENCE {
+            let mut left = places.to_vec();
+            for _ in 0..4 {
+                let before: Vec<u64> = left.iter().map(|&place| word(place)).collect();
+                wait(SIEVE);
+                left = left.iter().zip(before).filter(|(place, old)| word(**place) != *old).map(|(p, _)| *p).collect();
+            }
+            left.truncate(CANDIDATES);
+            let beats = left.iter().map(|&place| (beats(place, &word), place)).max();
+            if let Some((count, place)) = beats
+                && count * 100 >= LOOKS * BEATS
+            {
+                return Ok(Self(place));
+            }
+        }
+        Err(BenchError::Wrong("no word of the guest's memory changes all the time: it does not compute".into()))
+    }
+}
+
+fn beats(place: u64, word: &impl Fn(u64) -> u64) -> u32 {
+    let mut last = word(place);
+    let beat = |_: &u32| {
+        wait(BETWEEN);
+        let now = word(place);
+        std::mem::replace(&mut last, now) != now
+    };
+    u32::try_from((0..LOOKS).filter(beat).count()).unwrap_or(u32::MAX)
+}
+
+/// Too short to sleep.
+fn wait(span: Duration) {
+    let began = Instant::now();
+    while began.elapsed() < span {
+        std::hint::spin_loop();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn the_word_that_changes_is_found() {
+        let words: [AtomicU64; 8] = Default::default();
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    words[5].fetch_add(1, Ordering::Relaxed);
+                }
+            });
+            let word = |place: u64| words[usize::try_from(place).unwrap()].load(Ordering::Relaxed);
+            let found = Pulse::find(&[0, 1, 2, 3, 4, 5, 6, 7], word);
+            done.store(true, Ordering::Relaxed);
+            assert_eq!(found.unwrap(), Pulse(5));
+        });
+    }
+}
