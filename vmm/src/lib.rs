@@ -12,6 +12,7 @@
 //! * [`outputs`]: where everything externally visible leaves, and where frames come in
 //! * [`machine`]: the trait
 //! * [`pause`]: the guard without which nothing can be captured
+//! * [`throttle`]: how much a guest is slowed that writes more than can be followed
 //! * [`kvm`]: the machine on KVM, put together from the private modules `vcpu` (threads, exits, stopping), `state` (reading and
 //!   writing machine state, in which order and why), `devices` and `boot`
 //! * [`model`]: the machine without KVM
@@ -35,6 +36,7 @@ pub mod pause;
 pub mod section;
 mod state;
 pub mod tap;
+pub mod throttle;
 mod vcpu;
 
 pub use config::{ClockPolicy, DiskConfig, Fact, MAX_DISKS, MachineConfig, MachineIo, NicConfig};
@@ -49,3 +51,4 @@ pub use outputs::{FramePort, Outputs};
 pub use pause::{PauseTimings, PausedVm};
 pub use section::{Section, SectionKind};
 pub use tap::{SocketPort, Tap, TapError};
+pub use throttle::Throttle;

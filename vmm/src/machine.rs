@@ -11,6 +11,7 @@ use crate::hot::Tracking;
 use crate::memory::GuestRam;
 use crate::pause::Stopped;
 use crate::section::Section;
+use crate::throttle::Throttle;
 
 /// A machine: built (never run), loaded or restored, run, stopped, captured.
 ///
@@ -48,6 +49,9 @@ pub trait Machine: Send {
     /// runs: each bit is cleared before the caller can copy its page, so a page that is written during the copy is dirty again; what is not cleared is
     /// in the next set whatever happens.
     fn take_dirty(&mut self) -> Result<DirtySet, DirtyError>;
+
+    /// Slows the guest from now on, until it is told otherwise; a machine that does not run yet forgets it. A slowed guest stops as soon as any other.
+    fn throttle(&mut self, throttle: Throttle) -> Result<(), ThrottleError>;
 
     /// Things that happen to the guest on its own account.
     fn events(&self) -> Receiver<MachineEvent>;
@@ -209,6 +213,11 @@ pub enum RestoreError {
         source: std::io::Error,
     },
 }
+
+/// Why a guest could not be slowed: no thread could be started for it.
+#[derive(Debug, thiserror::Error)]
+#[error("the guest cannot be slowed")]
+pub struct ThrottleError(#[from] pub std::io::Error);
 
 /// Why the dirty log could not be read or switched.
 #[derive(Debug, thiserror::Error)]

@@ -12,6 +12,8 @@ mod tests;
 #[cfg(test)]
 mod tests_block;
 #[cfg(test)]
+mod tests_throttle;
+#[cfg(test)]
 mod tests_virtio;
 
 use std::collections::BTreeMap;
@@ -32,6 +34,7 @@ use crate::dirty::{DirtyLedger, DirtySet};
 use crate::hot::Tracking;
 use crate::machine::{
     BootError, CaptureError, DirtyError, Machine, MachineEvent, PauseError, RestoreError, RunError, StopTimings,
+    ThrottleError,
 };
 use crate::memory::GuestRam;
 use crate::pause::Stopped;
@@ -40,6 +43,7 @@ use crate::state::clock::ClockStateV1;
 use crate::state::codec::Saved;
 use crate::state::irqchip::IrqchipStateV1;
 use crate::state::vcpu::VcpuStateV1;
+use crate::throttle::Throttle;
 use crate::vcpu::{Vcpu, VcpuThreads};
 
 /// How far a machine has come.
@@ -257,6 +261,13 @@ impl Machine for KvmMachine {
         assert!(self.log.is_on(), "dirty pages can only be taken while they are tracked");
         let logs = self.log.take(&self.vm, &self.ram, self.phase == Phase::Stopped)?;
         Ok(self.ledger.take(&[&logs, &self.ram.take_own_writes()]))
+    }
+
+    fn throttle(&mut self, throttle: Throttle) -> Result<(), ThrottleError> {
+        match &mut self.vcpus {
+            Vcpus::Threads(threads, _) => Ok(threads.throttle(throttle)?),
+            Vcpus::Resting(..) | Vcpus::Gone => Ok(()),
+        }
     }
 
     fn events(&self) -> Receiver<MachineEvent> {
