@@ -15,6 +15,8 @@ mod base;
 mod measured;
 mod pressure;
 #[cfg(test)]
+mod pressure_tests;
+#[cfg(test)]
 mod tests;
 
 pub use adaptive::{KEEP_FRESH, MOST_HELD, WORK};
