@@ -10,6 +10,9 @@ const PERIOD: Duration = Duration::from_millis(10);
 /// The shortest slice of running.
 const RUN_LEAST: Duration = Duration::from_micros(500);
 
+/// The longest slice of resting: a guest that got more than its slice, because the host was late, makes up for it up to here.
+const REST_MOST: Duration = Duration::from_millis(100);
+
 /// The part of its time that a guest is kept from running, in per cent: 0 to 99.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Throttle(u8);
@@ -40,11 +43,15 @@ impl Throttle {
         self == Self::NONE
     }
 
-    /// How long a vCPU runs and how long it rests then. Meaningless for [`Throttle::NONE`], which rests for no time.
-    pub fn slices(self) -> (Duration, Duration) {
+    /// How long a vCPU runs at a time.
+    pub fn run(self) -> Duration {
+        (PERIOD * (100 - u32::from(self.0)) / 100).max(RUN_LEAST)
+    }
+
+    /// How long it rests after it ran for so long; not at all under [`Throttle::NONE`].
+    pub fn rest_after(self, ran: Duration) -> Duration {
         let (rest, run) = (u32::from(self.0), 100 - u32::from(self.0));
-        let running = (PERIOD * run / 100).max(RUN_LEAST);
-        (running, running * rest / run)
+        (ran.min(REST_MOST) * rest / run).min(REST_MOST)
     }
 }
 
@@ -55,12 +62,16 @@ mod tests {
     #[test]
     fn slices_have_the_right_proportion_and_stay_short() {
         for percent in 1..=99 {
-            let (run, rest) = Throttle::percent(percent).slices();
+            let throttle = Throttle::percent(percent);
+            let (run, rest) = (throttle.run(), throttle.rest_after(throttle.run()));
             let share = rest.as_secs_f64() / (run + rest).as_secs_f64();
             assert!((share - f64::from(percent) / 100.0).abs() < 1e-6, "{percent}: {run:?} {rest:?}");
             assert!(run >= RUN_LEAST && run + rest <= Duration::from_millis(50), "{percent}: {run:?} {rest:?}");
         }
-        assert_eq!(Throttle::NONE.slices().1, Duration::ZERO);
+        assert_eq!(Throttle::NONE.rest_after(Duration::from_secs(1)), Duration::ZERO);
         assert_eq!(Throttle::percent(100), Throttle::MOST);
+        let late = Duration::from_millis(4);
+        assert_eq!(Throttle::percent(75).rest_after(late), 3 * late, "what it had too much is made up for");
+        assert_eq!(Throttle::MOST.rest_after(late), REST_MOST);
     }
 }

@@ -52,7 +52,7 @@ fn a_resting_guest_stops_at_once_and_goes_on_resting_afterwards() {
         eventually("the guest counts", || counter(&bench.machine) > 1000);
         let free = counted(&mut bench, Throttle::NONE);
         bench.machine.throttle(Throttle::MOST).unwrap();
-        let rest = Throttle::MOST.slices().1;
+        let rest = Throttle::MOST.rest_after(Throttle::MOST.run());
         let (before, began, mut stops) = (counter(&bench.machine), Instant::now(), Vec::new());
         // As epochs that are much shorter than a rest.
         for _ in 0..50 {

@@ -499,12 +499,12 @@ impl Vcpu {
     fn rest(&mut self, guest_now: impl Fn() -> u64) -> bool {
         let control = self.shared.control();
         let throttle = control.throttle;
-        let (run, rest) = throttle.slices();
-        if throttle.is_none() || (self.rests_until.is_none() && self.runs_since.elapsed() < run) {
+        let ran = self.runs_since.elapsed();
+        if throttle.is_none() || (self.rests_until.is_none() && ran < throttle.run()) {
             return true;
         }
         let began = Instant::now();
-        let until = *self.rests_until.get_or_insert(began + rest);
+        let until = *self.rests_until.get_or_insert(began + throttle.rest_after(ran));
         let goes_on = |c: &mut Control| c.wanted == Wanted::Run && c.throttle == throttle;
         let waited = self.shared.changed.wait_timeout_while(control, until.saturating_duration_since(began), goes_on);
         let (control, _) = waited.unwrap_or_else(PoisonError::into_inner);

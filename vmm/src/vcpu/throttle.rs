@@ -97,11 +97,13 @@ impl Rhythm {
     /// Called while there is a throttle, whenever the vCPU is about to enter the guest: rests if its slice is over, for as long as it `may_rest`. Whoever makes
     /// that false unparks the thread then.
     pub(super) fn keep(&mut self, vcpu: u8, slowing: &Slowing, may_rest: impl Fn() -> bool) {
-        let (run, rest) = slowing.throttle().slices();
-        let now = Instant::now();
+        let throttle = slowing.throttle();
+        let (run, now) = (throttle.run(), Instant::now());
         match self.runs_since {
             Some(since) if now - since + NEARLY < run => return slowing.get_out_at(vcpu, since + run),
-            Some(_) => (self.runs_since, self.rests_until) = (None, Some(now + rest)),
+            Some(since) => {
+                (self.runs_since, self.rests_until) = (None, Some(now + throttle.rest_after(now - since)));
+            }
             None => {}
         }
         let mut now = now;
@@ -179,7 +181,8 @@ mod tests {
     fn a_rest_takes_its_time_and_ends_at_once_when_it_may_not_go_on() {
         let slowing = Slowing::new(1);
         slowing.percent.store(99, Ordering::SeqCst);
-        let (run, rest) = Throttle::MOST.slices();
+        let run = Throttle::MOST.run();
+        let rest = Throttle::MOST.rest_after(run);
         let mut rhythm = Rhythm { runs_since: Some(Instant::now()), ..Rhythm::default() };
         while rhythm.runs_since.is_some_and(|since| since.elapsed() < run) {
             std::hint::spin_loop();
