@@ -4,7 +4,7 @@
 //! |---|---|
 //! | an epoch should have ended and had no room to, for a quarter of a second in all of the last one | *overloaded*, until that is less than a twentieth |
 //! | … and commits take long | fewer checkpoints on their way: a queue adds to what outputs wait, and nothing to what gets through |
-//! | … and the policy is `throttle` | the guest's processors get a quarter less of their time, again and again, until epochs have room; later a tenth more |
+//! | … and the policy is `throttle` | the guest's processors get a third less of their time, again and again, until epochs have room; later a little more |
 //! | … for too long, and the policy is `drop` | protection ends |
 //!
 //! A link that is only long makes epochs wait, too; there everything is on its way and nothing waits to be sent. That is no overload, and less work would not help.
@@ -27,8 +27,8 @@ const ENDS: f64 = 0.05;
 const SLOWER: f64 = 0.10;
 const FASTER: f64 = 0.02;
 /// What remains of the guest's time with each step, and what it grows by.
-const STEP_DOWN: f64 = 0.75;
-const STEP_UP: f64 = 1.1;
+const STEP_DOWN: f64 = 0.7;
+const STEP_UP: f64 = 1.15;
 /// Slowing the guest further does not help when less than this part of what once got through is asked for: something else holds epochs up.
 const HELPS_ABOVE: f64 = 0.5;
 /// What once got through is forgotten by this part in each window.
