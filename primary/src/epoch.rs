@@ -15,6 +15,7 @@ use crate::metrics::Metrics;
 use crate::mirror::Mirror;
 use crate::output::Gate;
 use crate::output::held::{HELD_SECTION, HELD_VERSION, HeldFrames};
+use crate::pacer::Slow;
 use crate::ram_digest::digest_section;
 use crate::staging::{Arena, StagedPages};
 use crate::verify::{HashError, Verifier};
@@ -103,6 +104,14 @@ pub enum CheckpointError {
     /// The guest could not be resumed.
     #[error(transparent)]
     Resume(#[from] RunError),
+    /// Link or backup could not keep up for so long that protection is to end.
+    #[error("overloaded: the {} could not keep up for {lasted:.1?}", slow.word())]
+    Overloaded {
+        /// What could not.
+        slow: Slow,
+        /// For how long.
+        lasted: Duration,
+    },
     /// The backup could never hold a checkpoint of this size.
     #[error("epoch {epoch} dirtied {bytes} bytes, more than the {limit} that the backup takes")]
     TooLarge {

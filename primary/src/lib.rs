@@ -47,4 +47,5 @@ pub mod silent;
 pub mod staging;
 pub mod start;
 pub mod stream;
+pub mod tcp_info;
 pub mod verify;

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use failover::status::{Counters, PacingStatus, Status, StatusBoard, Timing};
+use failover::status::{Counters, OverloadStatus, PacingStatus, Status, StatusBoard, Timing};
 use replication_proto::Epoch;
 
 use crate::epoch::PauseParts;
@@ -23,6 +23,7 @@ pub struct Metrics {
     last_dirty_pages: AtomicU64,
     base: Mutex<Option<Base>>,
     pacing: Mutex<Option<PacingStatus>>,
+    overload: Mutex<OverloadStatus>,
 }
 
 /// A base that is being copied.
@@ -44,6 +45,7 @@ impl Metrics {
             last_dirty_pages: AtomicU64::new(0),
             base: Mutex::default(),
             pacing: Mutex::default(),
+            overload: Mutex::default(),
         }
     }
 
@@ -112,6 +114,18 @@ impl Metrics {
         if let Some(pacing) = &*self.pacing.lock().unwrap_or_else(PoisonError::into_inner) {
             status.pacing = pacing.clone();
         }
+    }
+
+    /// Whether link and backup keep up. Overloads are counted here.
+    pub fn pressed(&self, now: OverloadStatus) {
+        let mut shown = self.overload.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = shown.count + u64::from(now.overloaded && !shown.overloaded);
+        *shown = OverloadStatus { count, ..now };
+    }
+
+    /// Writes into a status whether they do.
+    pub fn fill_overload(&self, status: &mut Status) {
+        status.overload = self.overload.lock().unwrap_or_else(PoisonError::into_inner).clone();
     }
 
     /// Writes the counters into a status.

@@ -13,6 +13,7 @@
 //! * [`outputs`]: where everything externally visible leaves, and where frames come in
 //! * [`machine`]: the trait
 //! * [`pause`]: the guard without which nothing can be captured
+//! * [`throttle`]: how much a guest is slowed that writes more than can be followed
 //! * [`kvm`]: the machine on KVM, put together from the private modules `vcpu` (threads, exits, stopping), `state` (reading and
 //!   writing machine state, in which order and why), `devices` and `boot`
 //! * [`model`]: the machine without KVM
@@ -38,6 +39,7 @@ pub mod pause;
 pub mod section;
 mod state;
 pub mod tap;
+pub mod throttle;
 mod vcpu;
 
 pub use config::{ClockPolicy, DiskConfig, Fact, MAX_DISKS, MachineConfig, MachineIo, NicConfig};
@@ -53,3 +55,4 @@ pub use page_bits::PageBits;
 pub use pause::{PauseTimings, PausedVm};
 pub use section::{Section, SectionKind};
 pub use tap::{SocketPort, Tap, TapError};
+pub use throttle::Throttle;

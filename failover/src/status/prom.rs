@@ -141,6 +141,11 @@ impl Scrape {
         if let Some(met) = pacing.met {
             flag(e, "ft_pacing_target_met", "The target of the pacing is met", met)?;
         }
+        let overload = &self.0.overload;
+        flag(e, "ft_overloaded", "Link or backup is slower than the guest writes memory", overload.overloaded)?;
+        counter(e, "ft_overloads", "Times that an overload began", overload.count)?;
+        gauge(e, "ft_throttle_ratio", "Part of its time that the guest is kept from running", overload.throttle_ratio)?;
+        gauge(e, "ft_blocked_ratio", "Part of its time that an epoch waited for room to end", overload.blocked_ratio)?;
         histogram(e, "ft_epoch_pause_seconds", "Guest paused for a checkpoint", &timings.pause)?;
         histogram(e, "ft_epoch_transfer_seconds", "Encoding and sending a checkpoint", &timings.transfer)?;
         histogram(e, "ft_epoch_ack_seconds", "From the last byte sent to the ack", &timings.ack)?;

@@ -97,6 +97,7 @@ pub(super) fn render(s: &Status) -> String {
         ),
     );
     pacing(&mut out, s);
+    overload(&mut out, s);
     let o = &s.output;
     line(
         &mut out,
@@ -141,6 +142,16 @@ fn pacing(out: &mut String, s: &Status) {
     };
     let text = if p.text.is_empty() { String::new() } else { format!(" ({})", clean(&p.text)) };
     let _ = writeln!(out, "{met}{text}");
+}
+
+/// What is slower than the guest, and what is done about it.
+fn overload(out: &mut String, s: &Status) {
+    let o = &s.overload;
+    if o.overloaded {
+        let _ = writeln!(out, "OVERLOADED:  for {}: {}", span(o.seconds), clean(&o.text));
+    } else if o.count > 0 {
+        let _ = writeln!(out, "Overload:  none now, {} so far (policy {})", grouped(o.count), clean(&o.policy));
+    }
 }
 
 /// How far the next protection is, and for how long there has been none.

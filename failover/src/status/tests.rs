@@ -52,6 +52,31 @@ fn a_side_on_its_way_to_protection_says_how_far_it_is() {
 }
 
 #[test]
+fn an_overload_is_explained_and_remembered() {
+    let board = board();
+    assert!(!board.snapshot().to_table().to_lowercase().contains("overload"));
+    board.update(|status| {
+        status.overload = OverloadStatus {
+            overloaded: true,
+            seconds: 3.0,
+            count: 1,
+            throttle_ratio: 0.4,
+            text: "the link is slow".into(),
+            ..OverloadStatus::configured(crate::config::Overload::Throttle)
+        };
+    });
+    let status = board.snapshot();
+    assert!(status.to_table().contains("OVERLOADED:  for 3.0 s: the link is slow"), "{}", status.to_table());
+    let metrics = status.to_prometheus();
+    for line in ["ft_overloaded 1", "ft_overloads_total 1", "ft_throttle_ratio 0.4"] {
+        assert!(metrics.lines().any(|found| found == line), "{line} is not in\n{metrics}");
+    }
+    board.update(|status| status.overload.overloaded = false);
+    let text = board.snapshot().to_table();
+    assert!(text.contains("Overload:  none now, 1 so far (policy throttle)"), "{text}");
+}
+
+#[test]
 fn escape_sequences_do_not_reach_the_terminal() {
     let board = board();
     board.update(|status| {

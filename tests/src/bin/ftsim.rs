@@ -68,6 +68,9 @@ struct Report {
     flushes: u64,
     disks_synchronised: u64,
     power_cuts_imagined: u64,
+    overloads: u64,
+    throttle_steps: u64,
+    overloads_dropped: u64,
     violations: Vec<String>,
 }
 
@@ -263,6 +266,9 @@ fn report(args: &Args, sum: &Sum, threads: usize, wall: Duration) -> Report {
         flushes,
         disk_bases,
         exams,
+        overloads,
+        throttles,
+        dropped,
     } = sum.seen;
     #[expect(clippy::cast_precision_loss, reason = "a rate for people")]
     let rate = epochs as f64 / wall.as_secs_f64() / threads as f64;
@@ -289,6 +295,9 @@ fn report(args: &Args, sum: &Sum, threads: usize, wall: Duration) -> Report {
         flushes,
         disks_synchronised: disk_bases,
         power_cuts_imagined: exams,
+        overloads,
+        throttle_steps: throttles,
+        overloads_dropped: dropped,
         violations: sum.violations.iter().map(|(_, text)| text.clone()).collect(),
     }
 }
@@ -314,6 +323,9 @@ fn print(report: &Report, args: &Args) {
         ("flushes", report.flushes),
         ("disks synchronised", report.disks_synchronised),
         ("power cuts imagined", report.power_cuts_imagined),
+        ("overloads", report.overloads),
+        ("throttle steps", report.throttle_steps),
+        ("dropped for overload", report.overloads_dropped),
     ];
     for (name, count) in lines {
         println!("  {name:<20} {count:>12}");

@@ -11,10 +11,12 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm::disk::{ByteRange, Disk};
 use vmm::hot::{KeptLog, Tracking};
 use vmm::machine::{
-    BootError, CaptureError, DirtyError, MachineEvent, PauseError, RestoreError, RunError, StopTimings,
+    BootError, CaptureError, DirtyError, MachineEvent, PauseError, RestoreError, RunError, StopTimings, ThrottleError,
 };
 use vmm::pause::Stopped;
-use vmm::{ClockPolicy, DirtyLedger, DirtySet, Fact, GuestRam, Machine, Outputs, PAGE_SIZE, Section, SectionKind};
+use vmm::{
+    ClockPolicy, DirtyLedger, DirtySet, Fact, GuestRam, Machine, Outputs, PAGE_SIZE, Section, SectionKind, Throttle,
+};
 
 use crate::real::rng::mix;
 
@@ -179,6 +181,7 @@ pub struct SimMachine {
     disk: Option<Arc<dyn Disk>>,
     /// What must be durable before the request that is not completed begins is so.
     announced: bool,
+    throttle: Throttle,
 }
 
 impl SimMachine {
@@ -203,6 +206,7 @@ impl SimMachine {
             ran: Duration::ZERO,
             disk,
             announced: false,
+            throttle: Throttle::NONE,
         }
     }
 
@@ -242,7 +246,12 @@ impl SimMachine {
         self.ran
     }
 
-    /// The guest runs for a moment: writes `pages` pages and perhaps says something.
+    /// How much it is slowed.
+    pub fn throttle_in_force(&self) -> Throttle {
+        self.throttle
+    }
+
+    /// The guest runs for a moment, and as much less as it is slowed: writes `pages` pages and perhaps says something.
     ///
     /// # Panics
     /// When it is not running.
@@ -251,6 +260,7 @@ impl SimMachine {
         while let Some(frame) = self.waiting.pop_front() {
             self.take_frame(&frame);
         }
+        let pages = pages * u64::from(100 - self.throttle.as_percent()) / 100;
         self.ran += WORK * u32::try_from(pages + 1).expect("few pages");
         for n in 0..pages {
             self.turn(mix(self.registers.history ^ n));
@@ -446,6 +456,11 @@ impl Machine for SimMachine {
 
     fn share_work(&self, pieces: usize, work: &(dyn Fn(usize) + Sync)) {
         (0..pieces).for_each(work);
+    }
+
+    fn throttle(&mut self, throttle: Throttle) -> Result<(), ThrottleError> {
+        self.throttle = throttle;
+        Ok(())
     }
 
     fn events(&self) -> Receiver<MachineEvent> {

@@ -8,7 +8,6 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use failover::arbiter::NodeRef;
-use failover::config::EpochPace;
 use failover::decide::{Action, CoreConfig, Input, StateName};
 use failover::exit::ExitCode;
 use failover::status::StatusBoard;
@@ -18,6 +17,7 @@ use primary::host::Flow;
 use primary::metrics::Metrics;
 use primary::output::queue::QueueLimits;
 use primary::output::{Gate, World as WayOut};
+use primary::pacer::Rules;
 use primary::pulse::{PulseEnd, PulseReport, Voice};
 use primary::staging::Arena;
 use replication_proto::{Epoch, Pulse};
@@ -52,8 +52,8 @@ pub struct Base {
     pub metrics: Arc<Metrics>,
     /// What heartbeats say.
     pub voice: Voice,
-    /// When epochs end.
-    pub pace: EpochPace,
+    /// When epochs end, and what happens when link or backup cannot keep up.
+    pub rules: Rules,
     /// What its machine does about hot pages.
     pub tracking: Tracking,
     /// Pause between attempts to connect.
@@ -107,8 +107,8 @@ impl WayOut for Exit {
 pub struct Settings {
     /// The decision core's part; each life has its own incarnation and generation in it.
     pub core: CoreConfig,
-    /// When epochs end.
-    pub pace: EpochPace,
+    /// When epochs end, and what happens when link or backup cannot keep up.
+    pub rules: Rules,
     /// What its machine does about hot pages.
     pub tracking: Tracking,
     /// Heartbeat interval.
@@ -122,7 +122,7 @@ pub struct Settings {
 impl Base {
     /// A process that was just started.
     pub fn new(who: Who, settings: Settings, board: &StatusBoard, now: Nanos, disks: Option<OpenDisks>) -> Self {
-        let Settings { core, pace, tracking, heartbeat, skew, jitter } = settings;
+        let Settings { core, rules, tracking, heartbeat, skew, jitter } = settings;
         let nanos = Arc::new(AtomicU64::new(0));
         let clock = Clock::simulated(Arc::clone(&nanos));
         let metrics = Arc::new(Metrics::new(board.clone()));
@@ -139,7 +139,7 @@ impl Base {
             arena: Arena::new(64 << 20),
             metrics,
             voice: Voice::default(),
-            pace,
+            rules,
             tracking,
             retry,
             heartbeat,

@@ -12,6 +12,8 @@ mod tests;
 #[cfg(test)]
 mod tests_block;
 #[cfg(test)]
+mod tests_throttle;
+#[cfg(test)]
 mod tests_virtio;
 
 use std::collections::BTreeMap;
@@ -32,6 +34,7 @@ use crate::dirty::{DirtyLedger, DirtySet};
 use crate::hot::Tracking;
 use crate::machine::{
     BootError, CaptureError, DirtyError, Machine, MachineEvent, PauseError, RestoreError, RunError, StopTimings,
+    ThrottleError,
 };
 use crate::memory::GuestRam;
 use crate::pause::Stopped;
@@ -40,6 +43,7 @@ use crate::state::clock::ClockStateV1;
 use crate::state::codec::Saved;
 use crate::state::irqchip::IrqchipStateV1;
 use crate::state::vcpu::VcpuStateV1;
+use crate::throttle::Throttle;
 use crate::vcpu::{Vcpu, VcpuThreads};
 
 /// How far a machine has come.
@@ -264,6 +268,13 @@ impl Machine for KvmMachine {
         match &self.vcpus {
             Vcpus::Threads(threads, _) if self.phase == Phase::Stopped => threads.share(pieces, work),
             _ => (0..pieces).for_each(work),
+        }
+    }
+
+    fn throttle(&mut self, throttle: Throttle) -> Result<(), ThrottleError> {
+        match &mut self.vcpus {
+            Vcpus::Threads(threads, _) => Ok(threads.throttle(throttle)?),
+            Vcpus::Resting(..) | Vcpus::Gone => Ok(()),
         }
     }
 

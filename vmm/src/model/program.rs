@@ -169,6 +169,12 @@ impl ModelProgram {
         self.registers.now = self.registers.now.max(now.min(LAST_TIME));
     }
 
+    /// The program was kept from running for so many nanoseconds until now: its background load, which takes a processor's time, does not make up for them.
+    pub fn stood_still(&mut self, nanoseconds: u64) {
+        let Registers { now, load, .. } = &mut self.registers;
+        load.since = load.since.saturating_add(nanoseconds).min(*now);
+    }
+
     /// Runs the program once: `inbound` are the Ethernet frames that arrived, `now` is guest time in nanoseconds (an earlier
     /// time than that of the last step counts as that one: guest time never runs backwards).
     pub fn step(&mut self, now: u64, inbound: &[Vec<u8>]) -> Step {

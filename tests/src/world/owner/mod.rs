@@ -37,7 +37,7 @@ enum Doing {
     /// The base of this epoch is being copied.
     Copying { session: Session, first: Epoch, memory: Option<BaseCopy>, disks: Option<DiskCopy>, few: bool },
     /// One checkpoint after another.
-    Epochs { session: Session, pacer: Pacer },
+    Epochs { session: Session, pacer: Box<Pacer>, judged: Duration },
     /// The guest is stopped; the link stays until a command needs it no longer.
     Stopped,
     /// The same, after the last checkpoint of a switchover: what still arrives for the guest is told to the backup.
@@ -317,6 +317,9 @@ impl OwnerPart {
     /// The guest's own work.
     pub fn guest_works(&mut self, base: &mut Base, env: &mut Env) {
         if self.machine.is_running() {
+            if !matches!(self.doing, Doing::Epochs { .. }) && !self.machine.throttle_in_force().is_none() {
+                env.ghost.broken("G7", format!("{} is slowed and not protected", base.me));
+            }
             base.set_clock(env.now);
             let (pages, speaks) = (env.dirty_pages(), env.rng.range(0, 4) == 0);
             self.machine.work(pages, speaks);
@@ -373,10 +376,10 @@ impl OwnerPart {
     /// Protection cannot go on.
     fn fail(&mut self, why: &str, base: &mut Base, env: &mut Env) {
         env.note(|| format!("{} cannot protect: {why}", base.me));
-        self.doing = Doing::Nothing;
+        self.leave_epochs(Doing::Nothing);
         self.parts.disks.end_log();
         self.close_link(LinkLoss::Local, base, env);
-        self.inbox.push_back(Told::ProtectionFailed);
+        self.inbox.push_back(Told::ProtectionFailed(LinkLoss::Local));
         base.rouse(env);
     }
 
@@ -455,7 +458,7 @@ impl OwnerPart {
                     }
                     link.beat.close(env);
                     self.check_dirty(&link, base, env);
-                    self.doing = Doing::Nothing;
+                    self.leave_epochs(Doing::Nothing);
                     self.parts.disks.end_log();
                     self.course.epoch_used(self.last);
                 }
@@ -504,7 +507,7 @@ impl OwnerPart {
             Action::PauseGuest => {
                 self.stop();
                 if matches!(self.doing, Doing::Epochs { .. }) {
-                    self.doing = Doing::Stopped;
+                    self.leave_epochs(Doing::Stopped);
                 }
             }
             Action::ResumeGuest => self.run(),

@@ -1,16 +1,18 @@
 //! What the runner's thread does, in a simulated world: the pieces of a base, and the ends of epochs.
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use failover::decide::LinkLoss;
 use primary::bulk::{BaseCopy, BaseStep, hashes_of};
 use primary::disk::DiskStep;
 use primary::epoch::{Afterwards, StagedCheckpoint, stage};
 use primary::host::EPOCHS_IN_FLIGHT;
 use primary::owner::course::Event as Told;
-use primary::pacer::{Look, Next, Pacer, Taken};
+use primary::pacer::{Judged, Look, Next, Pacer, Reading, Taken, Turn};
 use primary::protect::Session;
 use replication_proto::Epoch;
-use vmm::{Machine, PageNo};
+use vmm::{Machine, PageNo, Throttle};
 
 use super::{Doing, OwnerPart};
 use crate::world::Nanos;
@@ -20,8 +22,18 @@ use crate::world::process::Base;
 /// How long the runner waits before it looks again whether there is room for a further checkpoint.
 const ROOM_INTERVAL: Nanos = 1_000_000;
 
+/// How often the pacer looks whether link and backup keep up.
+const JUDGED_INTERVAL: Duration = Duration::from_millis(100);
+
 /// What a pause is said to have cost the guest: virtual time does not pass in one.
 const PAUSE: Duration = Duration::from_micros(200);
+
+/// What a kernel would know of the connection: where the applier is slow everything has arrived, else something is still here.
+fn reading(base: &Base, env: &Env) -> Reading {
+    let sent_bytes = base.metrics.raw_bytes.load(Ordering::Relaxed);
+    let arrived = env.conditions.slow_applier || env.conditions.slow_disk;
+    Reading { sent_bytes, unsent_bytes: usize::from(!arrived), ..Reading::default() }
+}
 
 impl OwnerPart {
     /// The runner's thread wakes: the next piece of the base, or the end of an epoch.
@@ -67,13 +79,20 @@ impl OwnerPart {
 
     /// The runner's thread asks the pacer.
     fn look(&mut self, base: &mut Base, env: &mut Env) {
-        let Doing::Epochs { session, pacer } = &mut self.doing else { return };
+        let Doing::Epochs { session, pacer, judged } = &mut self.doing else { return };
         let session = *session;
         let now = base.local(env.now);
-        let bell = base.gate.bell();
-        pacer.committed(Epoch(bell.last_committed()), now);
+        pacer.committed(Epoch(base.gate.bell().last_committed()), now);
+        if now.saturating_sub(*judged) >= JUDGED_INTERVAL {
+            *judged = now;
+            let judged = pacer.judge(&reading(base, env), now);
+            if self.heed(judged, base, env) {
+                return;
+            }
+        }
+        let (Doing::Epochs { pacer, .. }, bell) = (&mut self.doing, base.gate.bell()) else { return };
         let asked = self.parts.disks.wants_checkpoint();
-        let look = Look { now, waiting_since: bell.waits_since(), ran: Some(self.machine.ran()), asked };
+        let look = Look { now, waiting_since: bell.waits_since(), ran: Some(self.machine.ran()), asked, full: false };
         match pacer.look(&look) {
             Next::End => self.end_epoch(Afterwards::RunsOn, base, env),
             Next::Look(at) => {
@@ -81,6 +100,34 @@ impl OwnerPart {
                 self.wake_runner(at.max(env.now + 1_000), session, base, env);
             }
         }
+    }
+
+    /// Does what the pacer says about an overload; true when protection ended.
+    fn heed(&mut self, judged: Judged, base: &mut Base, env: &mut Env) -> bool {
+        if let Some(turn) = judged.turn {
+            env.note(|| format!("{}: {turn:?}", base.me));
+            env.ghost.seen.overloads += u64::from(matches!(turn, Turn::Began(_)));
+        }
+        if let Some(throttle) = judged.throttle {
+            env.ghost.seen.throttles += 1;
+            self.machine.throttle(throttle).expect("the simulated guest can be slowed");
+        }
+        let Some((slow, lasted)) = judged.give_up else { return false };
+        env.note(|| format!("{} gives protection up: the {} is too slow, for {lasted:?}", base.me, slow.word()));
+        env.ghost.seen.dropped += 1;
+        self.leave_epochs(Doing::Nothing);
+        self.parts.disks.end_log();
+        // The news first, as the real runner tells it.
+        self.inbox.push_back(Told::ProtectionFailed(LinkLoss::Overloaded));
+        self.close_link(LinkLoss::Local, base, env);
+        base.rouse(env);
+        true
+    }
+
+    /// No epoch is ended any more: whatever could not keep up is no matter.
+    pub(super) fn leave_epochs(&mut self, doing: Doing) {
+        self.doing = doing;
+        self.machine.throttle(Throttle::NONE).expect("the simulated guest can be slowed");
     }
 
     fn wait_for_room(&mut self, session: Session, base: &Base, env: &mut Env) {
@@ -153,8 +200,9 @@ impl OwnerPart {
         let Some(link) = &mut self.link else { return };
         let sent = link.stream.end(checkpoint);
         self.running_epoch = first.next();
-        let pacer = Pacer::new(base.pace, EPOCHS_IN_FLIGHT, first, base.local(env.now));
-        self.doing = Doing::Epochs { session, pacer };
+        let now = base.local(env.now);
+        let pacer = Box::new(Pacer::new(base.rules, EPOCHS_IN_FLIGHT, first, now));
+        self.doing = Doing::Epochs { session, pacer, judged: now };
         self.sent_piece(sent.is_ok(), base, env);
     }
 
@@ -201,7 +249,7 @@ impl OwnerPart {
         }
         if self.stopped {
             // The guest ended by itself; its link stays until the record says so.
-            self.doing = Doing::Stopped;
+            self.leave_epochs(Doing::Stopped);
             return;
         }
         let waited_since = base.gate.bell().waits_since();
@@ -218,7 +266,7 @@ impl OwnerPart {
         self.transmit(env);
         if afterwards == Afterwards::StaysStopped {
             self.stopped = true;
-            self.doing = Doing::HandedOver;
+            self.leave_epochs(Doing::HandedOver);
             self.inbox.push_back(Told::FinalSent(epoch));
             return base.rouse(env);
         }
