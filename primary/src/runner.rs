@@ -15,6 +15,7 @@ use vmm::machine::{DirtyError, PauseError, RunError};
 use vmm::{Machine, PausedVm, Tracking};
 
 use crate::bulk;
+use crate::capture::hold::await_commit;
 use crate::clock::Clock;
 use crate::contention::Vcpus;
 use crate::epoch::{Afterwards, CheckpointError, EpochParts, checkpoint};
@@ -289,7 +290,9 @@ impl RunnerThread {
             let epoch = self.last.next();
             self.use_epoch(epoch);
             link.epoch_begins(epoch.next());
-            let pause = match checkpoint(&mut *self.machine, &self.parts, link, epoch, afterwards) {
+            let (bell, orders) = (self.parts.gate.bell(), &self.commands);
+            let mut commit = |epoch| await_commit(epoch, bell, orders, || link.is_open());
+            let pause = match checkpoint(&mut *self.machine, &self.parts, link, (epoch, afterwards), &mut commit) {
                 Ok(pause) => pause.whole,
                 // The guest ended by itself and its machine says so. The backup must not see the link go before the record says *stopped*.
                 Err(CheckpointError::Pause(PauseError::Ended(_))) => return self.stopped_with_link(link),
@@ -324,6 +327,7 @@ impl RunnerThread {
             if shown_at.is_none_or(|at| now.saturating_sub(at) >= SHOWN_INTERVAL) {
                 *shown_at = Some(now);
                 self.parts.metrics.paced(pacer.status());
+                self.parts.metrics.captured(self.parts.capture.status());
             }
             let asked = self.parts.verifier.wants_epochs() || self.parts.disks.wants_checkpoint();
             let look = Look { now, waiting_since: bell.waits_since(), ran: vcpus.ran(), asked };

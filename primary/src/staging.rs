@@ -9,6 +9,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use replication_proto::PageIndex;
+use replication_proto::mutant::{self, Mutant};
 use vmm::memory::NotRam;
 use vmm::{DirtySet, GuestRam, PAGE_SIZE, PageNo};
 
@@ -39,7 +40,7 @@ struct Buffer {
 /// The pages of one checkpoint, owned. The buffer returns to its arena on drop.
 #[derive(Debug)]
 pub struct StagedPages {
-    /// Which pages, ascending.
+    /// Which pages, each once: those that were copied first, ascending, then those that were placed later, ascending.
     pub indexes: Vec<PageIndex>,
     buffer: Buffer,
     used: usize,
@@ -89,16 +90,33 @@ impl Arena {
         Ok(staged)
     }
 
+    /// Copies the pages of `dirty` out of `ram` before the pause of their epoch: a page that the guest writes meanwhile is dirty again. There is room for
+    /// `later` more of them, so that the pause need not make it.
+    pub fn stage_early(
+        self: &Arc<Self>,
+        ram: &GuestRam,
+        dirty: &DirtySet,
+        later: usize,
+    ) -> Result<StagedPages, NotRam> {
+        let mut staged = self.empty();
+        staged.buffer.make_room((dirty.len() + later) * PAGE_SIZE);
+        staged.stage_over(ram, dirty)?;
+        Ok(staged)
+    }
+
+    /// No pages yet.
+    pub fn empty(self: &Arc<Self>) -> StagedPages {
+        let buffer = self.lock().free.pop().unwrap_or_default();
+        StagedPages { indexes: Vec::new(), buffer, used: 0, arena: Arc::clone(self) }
+    }
+
     fn take(self: &Arc<Self>, pages: usize) -> StagedPages {
         let used = pages * PAGE_SIZE;
         let mut state = self.lock();
         state.in_flight += used;
         let mut buffer = state.free.pop().unwrap_or_default();
         drop(state);
-        if buffer.bytes.len() < used {
-            // A quarter more than asked: epochs of one guest differ a little, and growing zeroes the whole buffer.
-            buffer.bytes.resize((used + used / 4).next_multiple_of(PAGE_SIZE), 0);
-        }
+        buffer.make_room(used);
         buffer.note_use(used);
         StagedPages { indexes: Vec::with_capacity(pages), buffer, used, arena: Arc::clone(self) }
     }
@@ -109,6 +127,13 @@ impl Arena {
 }
 
 impl Buffer {
+    fn make_room(&mut self, used: usize) {
+        if self.bytes.len() < used {
+            // A quarter more than asked: epochs of one guest differ a little, and growing zeroes the whole buffer.
+            self.bytes.resize((used + used / 4).next_multiple_of(PAGE_SIZE), 0);
+        }
+    }
+
     fn note_use(&mut self, used: usize) {
         if used * 4 >= self.bytes.len() {
             self.roomy_uses = 0;
@@ -124,6 +149,47 @@ impl Buffer {
 }
 
 impl StagedPages {
+    /// Copies the pages of `dirty` out of `ram`, over the copies of those that are here already: the later copy counts. The guest is paused.
+    pub fn stage_over(&mut self, ram: &GuestRam, dirty: &DirtySet) -> Result<(), NotRam> {
+        let copied_before = self.len();
+        for (page, slot) in self.place(dirty) {
+            if slot < copied_before && mutant::is(Mutant::PrecopiedPageKept) {
+                continue;
+            }
+            ram.copy_out(page, self.slot(slot))?;
+        }
+        Ok(())
+    }
+
+    /// Gives each page of `dirty` a slot of the buffer, ascending: the one that it has, or a new one, whose content means nothing yet.
+    pub fn place(&mut self, dirty: &DirtySet) -> Vec<(PageNo, usize)> {
+        let here = self.len();
+        let mut slots = Vec::with_capacity(dirty.len());
+        let mut at = 0;
+        for page in dirty.iter() {
+            while at < here && self.indexes[at].0 < page.0 {
+                at += 1;
+            }
+            if at < here && self.indexes[at].0 == page.0 {
+                slots.push((page, at));
+            } else {
+                slots.push((page, self.indexes.len()));
+                self.indexes.push(PageIndex(page.0));
+            }
+        }
+        let more = (self.indexes.len() - here) * PAGE_SIZE;
+        self.used += more;
+        self.arena.lock().in_flight += more;
+        self.buffer.make_room(self.used);
+        self.buffer.note_use(self.used);
+        slots
+    }
+
+    /// Where the copy of a page is, by its slot.
+    pub fn slot(&mut self, slot: usize) -> &mut [u8; PAGE_SIZE] {
+        &mut self.buffer.bytes.as_chunks_mut().0[slot]
+    }
+
     /// The pages, one after another, in the order of `indexes`.
     pub fn bytes(&self) -> &[u8] {
         &self.buffer.bytes[..self.used]
@@ -172,6 +238,24 @@ mod tests {
         ram.copy_in(PageNo(3), &[9; PAGE_SIZE]).unwrap();
         assert_eq!(staged.indexes, [PageIndex(1), PageIndex(3)]);
         assert_eq!(staged.bytes(), [[0; PAGE_SIZE], [7; PAGE_SIZE]].concat());
+    }
+
+    #[test]
+    fn a_page_that_is_staged_twice_counts_once_and_the_later_copy_counts() {
+        let ram = GuestRam::new(2 << 20).unwrap();
+        let write = |page, byte| ram.copy_in(PageNo(page), &[byte; PAGE_SIZE]).unwrap();
+        (0..6).for_each(|page| write(page, 1));
+        let arena = Arena::new(1 << 20);
+        let mut staged = arena.stage_early(&ram, &dirty(&ram, &[1, 3, 5]), 1).unwrap();
+        assert_eq!(arena.in_flight(), 3 * PAGE_SIZE);
+        (0..6).for_each(|page| write(page, 2));
+        staged.stage_over(&ram, &dirty(&ram, &[0, 3, 4])).unwrap();
+        assert_eq!(staged.indexes, [1, 3, 5, 0, 4].map(PageIndex));
+        let first: Vec<u8> = staged.bytes().iter().step_by(PAGE_SIZE).copied().collect();
+        assert_eq!(first, [1, 2, 1, 2, 2]);
+        assert_eq!(arena.in_flight(), 5 * PAGE_SIZE);
+        drop(staged);
+        assert_eq!(arena.in_flight(), 0);
     }
 
     #[test]

@@ -62,11 +62,15 @@ pub enum Mutant {
     BaseBeforeImage,
     /// What a returning side changed itself is not looked at.
     ReturnersBitsIgnored,
+    /// A page that was copied before the pause and written again is not copied again.
+    PrecopiedPageKept,
+    /// The pages that were copied before the pause are retired when they were copied.
+    PrecopyRetired,
 }
 
 impl Mutant {
     /// Every one of them.
-    pub const ALL: [Self; 29] = [
+    pub const ALL: [Self; 31] = [
         Self::SoloWithoutCas,
         Self::TakeoverWithoutCas,
         Self::RecordWithoutIncarnation,
@@ -96,6 +100,8 @@ impl Mutant {
         Self::BitAfterWrite,
         Self::BaseBeforeImage,
         Self::ReturnersBitsIgnored,
+        Self::PrecopiedPageKept,
+        Self::PrecopyRetired,
     ];
 }
 

@@ -111,6 +111,17 @@ impl DirtySet {
         })
     }
 
+    /// Both sets as one: they are retired together, or given back together.
+    ///
+    /// # Panics
+    /// When they are of different machines.
+    pub fn united(mut self, mut other: Self) -> Self {
+        assert!(Arc::ptr_eq(&self.ledger, &other.ledger), "dirty sets of two machines");
+        self.bits.unite(&other.bits.words);
+        other.retired = true;
+        self
+    }
+
     /// The backup has committed these pages: they are done with.
     pub fn retire(mut self) {
         self.retired = true;
@@ -180,6 +191,20 @@ mod tests {
         drop(ledger.take(&[&log(&ram, &[9])]));
         let set = ledger.take(&[&log(&ram, &[8])]);
         assert_eq!(pages(&set), [7, 8, 9]);
+    }
+
+    #[test]
+    fn united_sets_come_back_together_and_are_retired_together() {
+        let ram = ram();
+        let ledger = DirtyLedger::new(&ram);
+        let both = |a, b| ledger.take(&[&log(&ram, a)]).united(ledger.take(&[&log(&ram, b)]));
+        let set = both(&[7, 9], &[9, 70]);
+        assert_eq!(pages(&set), [7, 9, 70]);
+        drop(set);
+        let set = both(&[1], &[]);
+        assert_eq!(pages(&set), [1, 7, 9, 70]);
+        set.retire();
+        assert!(ledger.is_empty());
     }
 
     #[test]

@@ -49,6 +49,10 @@ pub trait Machine: Send {
     /// in the next set whatever happens.
     fn take_dirty(&mut self) -> Result<DirtySet, DirtyError>;
 
+    /// As [`Machine::take_dirty`] while the guest runs, before the pages of an epoch are taken for good: those that are not likely to be written again
+    /// in it. The rest stays for [`Machine::take_dirty`]. What is taken here was cleared and belongs to the epoch, whatever happens to it later.
+    fn take_cold_dirty(&mut self) -> Result<DirtySet, DirtyError>;
+
     /// Things that happen to the guest on its own account.
     fn events(&self) -> Receiver<MachineEvent>;
 

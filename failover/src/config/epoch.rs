@@ -24,6 +24,57 @@ pub enum EpochPace {
     Overhead(Percent),
 }
 
+/// How the pages that an epoch dirtied come out of the guest, and when it runs on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CaptureStrategy {
+    /// Copied in the pause, sent while the guest runs.
+    #[default]
+    Postponed,
+    /// Copied in the pause, which lasts until the backup has the checkpoint.
+    StopAndCopy,
+    /// Write-protected in the pause, copied while the guest runs.
+    CopyOnWrite,
+    /// Postponed, or on write where that pays.
+    Auto,
+}
+
+impl CaptureStrategy {
+    /// As in the file.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Postponed => "postponed",
+            Self::StopAndCopy => "stop-and-copy",
+            Self::CopyOnWrite => "copy-on-write",
+            Self::Auto => "auto",
+        }
+    }
+}
+
+/// Whether pages are copied before the pause, while the guest runs.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Precopy {
+    /// Where that pays.
+    #[default]
+    Auto,
+    /// In each epoch.
+    Always,
+    /// Never.
+    Never,
+}
+
+impl Precopy {
+    /// As in the file.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Always => "always",
+            Self::Never => "never",
+        }
+    }
+}
+
 /// `[epoch]`
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "Lines", into = "Lines")]
@@ -36,6 +87,10 @@ pub struct EpochSection {
     pub ram_digest: bool,
     /// Pages that are written in most epochs are not protected again after each, but copied in each.
     pub hot_pages: bool,
+    /// How pages come out of the guest.
+    pub capture: CaptureStrategy,
+    /// Whether pages are copied before the pause.
+    pub precopy: Precopy,
 }
 
 impl Default for EpochSection {
@@ -45,6 +100,8 @@ impl Default for EpochSection {
             in_flight: EPOCHS_IN_FLIGHT,
             ram_digest: false,
             hot_pages: true,
+            capture: CaptureStrategy::default(),
+            precopy: Precopy::default(),
         }
     }
 }
@@ -62,13 +119,15 @@ struct Lines {
     in_flight: Option<u8>,
     ram_digest: bool,
     hot_pages: Option<bool>,
+    capture: CaptureStrategy,
+    precopy: Precopy,
 }
 
 impl TryFrom<Lines> for EpochSection {
     type Error = &'static str;
 
     fn try_from(lines: Lines) -> Result<Self, Self::Error> {
-        let Lines { interval, latency, overhead, in_flight, ram_digest, hot_pages } = lines;
+        let Lines { interval, latency, overhead, in_flight, ram_digest, hot_pages, capture, precopy } = lines;
         let unsaid = Self::default();
         let pace = match (interval, latency, overhead) {
             (None, None, None) => unsaid.pace,
@@ -78,14 +137,16 @@ impl TryFrom<Lines> for EpochSection {
             _ => return Err("interval, latency and overhead in one [epoch]: say one of them"),
         };
         let in_flight = in_flight.unwrap_or(unsaid.in_flight);
-        Ok(Self { pace, in_flight, ram_digest, hot_pages: hot_pages.unwrap_or(unsaid.hot_pages) })
+        let hot_pages = hot_pages.unwrap_or(unsaid.hot_pages);
+        Ok(Self { pace, in_flight, ram_digest, hot_pages, capture, precopy })
     }
 }
 
 impl From<EpochSection> for Lines {
     fn from(section: EpochSection) -> Self {
-        let EpochSection { pace, in_flight, ram_digest, hot_pages } = section;
-        let mut lines = Self { in_flight: Some(in_flight), ram_digest, hot_pages: Some(hot_pages), ..Self::default() };
+        let EpochSection { pace, in_flight, ram_digest, hot_pages, capture, precopy } = section;
+        let (in_flight, hot_pages) = (Some(in_flight), Some(hot_pages));
+        let mut lines = Self { in_flight, ram_digest, hot_pages, capture, precopy, ..Self::default() };
         match pace {
             EpochPace::Fixed(interval) => lines.interval = Some(interval),
             EpochPace::Latency(latency) => lines.latency = Some(latency),
@@ -112,6 +173,27 @@ impl PairConfig {
             return Err(wrong("epoch.in_flight", cause));
         }
         Ok(())
+    }
+
+    pub(super) fn derived_capture(&self) -> String {
+        let how = match self.epoch.capture {
+            CaptureStrategy::Postponed => "copied in the pause, sent while the guest runs",
+            CaptureStrategy::StopAndCopy => {
+                "copied in the pause, which lasts until the backup has acknowledged the epoch"
+            }
+            CaptureStrategy::CopyOnWrite => {
+                "write-protected in the pause, copied while the guest runs (needs userfaultfd on both hosts)"
+            }
+            CaptureStrategy::Auto => {
+                "copied in the pause; large sets that the guest rewrites little are copied while it runs"
+            }
+        };
+        let before = match self.epoch.precopy {
+            Precopy::Auto => "before the pause where that makes it shorter",
+            Precopy::Always => "before each pause, too",
+            Precopy::Never => "never before the pause",
+        };
+        format!("pages: {how}; {before}")
     }
 
     pub(super) fn derived_epoch(&self) -> String {

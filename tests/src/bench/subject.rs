@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crossbeam::channel::{Receiver, Sender, bounded};
+use failover::config::{CaptureStrategy, Precopy};
 use failover::status::{Labels, NodeRole, StatusBoard};
+use primary::capture::Capture;
 use primary::clock::Clock;
 use primary::disk::OwnerDisks;
 use primary::epoch::{Afterwards, EpochParts, PauseParts, StagedCheckpoint, stage};
@@ -100,6 +102,7 @@ impl Subject {
             base_share: 1.0,
             verifier: Arc::new(Verifier::new(Vec::new())),
             disks: Arc::new(OwnerDisks::none()),
+            capture: Capture::new(CaptureStrategy::Postponed, Precopy::Never),
         };
         // Long enough for each page of the working set to be written once, whatever the guest's timer adds.
         let round = Duration::from_micros(u64::from(pages) * 1_000_000 / RATE);
@@ -119,7 +122,10 @@ impl Subject {
         std::thread::sleep(self.interval);
         self.ended += 1;
         let epoch = Epoch(self.ended);
-        let (staged, pause) = stage(&mut self.machine, &self.parts, epoch, Afterwards::RunsOn)?;
+        let early = self.parts.capture.precopy(&mut self.machine, &self.parts.arena)?;
+        let (captured, pause) = stage(&mut self.machine, &self.parts, early, epoch, Afterwards::RunsOn)?;
+        let pause = pause.end()?;
+        let staged = captured.finish(&self.parts)?;
         self.check(&staged)?;
         let StagedCheckpoint { pages, dirty, .. } = staged;
         let pages = pages.len();

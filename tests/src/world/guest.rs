@@ -444,6 +444,10 @@ impl Machine for SimMachine {
         Ok(self.ledger.take(&[&self.log.take(self.ram.take_own_writes())]))
     }
 
+    fn take_cold_dirty(&mut self) -> Result<DirtySet, DirtyError> {
+        Ok(self.ledger.take(&[&self.log.take_cold(self.ram.take_own_writes())]))
+    }
+
     fn events(&self) -> Receiver<MachineEvent> {
         never()
     }

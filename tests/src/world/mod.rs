@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use failover::arbiter::NodeRef;
-use failover::config::EpochPace;
+use failover::config::{CaptureStrategy, EpochPace, Precopy};
 use failover::decide::{ColdStart, CoreConfig, CoreTimers, Input, OnBackupLoss, Rejoin, Role, StateName, Ticket};
 use failover::status::{Labels, NodeRole, StatusBoard};
 use replication_proto::{Incarnation, NodeName, Point, VmId};
@@ -104,6 +104,10 @@ pub struct Plan {
     pub recovers: bool,
     /// Whether the guest has a disk.
     pub disk: bool,
+    /// How pages come out of the guest.
+    pub capture: CaptureStrategy,
+    /// Whether before the pause: what follows measurements would make a world another one each time.
+    pub precopy: Precopy,
 }
 
 impl Plan {
@@ -138,6 +142,8 @@ impl Plan {
             length: pick(&mut rng, &[10, 20, 30]) * SECOND,
             recovers: true,
             disk: false,
+            capture: draw_capture(seed),
+            precopy: if mix(seed ^ 0x93ec).is_multiple_of(2) { Precopy::Always } else { Precopy::Never },
         }
         .with_disk(!mix(seed ^ 0xd15c).is_multiple_of(4))
     }
@@ -162,6 +168,8 @@ impl Plan {
             retry: Duration::from_millis(50),
             jitter: 20_000,
             disk: false,
+            capture: CaptureStrategy::Postponed,
+            precopy: Precopy::Never,
             ..Self::draw(seed)
         }
     }
@@ -177,6 +185,14 @@ fn draw_pace(seed: u64, interval: Duration) -> EpochPace {
             let share = ["1%", "10%", "40%"][usize::try_from(rng.range(0, 3)).expect("small")];
             EpochPace::Overhead(share.to_owned().try_into().expect("a share"))
         }
+    }
+}
+
+/// How pages come out of a world's guests.
+fn draw_capture(seed: u64) -> CaptureStrategy {
+    match mix(seed ^ 0xca97) % 4 {
+        0 => CaptureStrategy::StopAndCopy,
+        _ => CaptureStrategy::Postponed,
     }
 }
 
@@ -627,7 +643,8 @@ impl World {
         let (pace, jitter, skew) = (self.plan.pace, self.plan.jitter, self.nodes[node].skew);
         // Where hot pages are in every epoch, a page that is forgotten is found later or never: half of the worlds are without.
         let tracking = if mix(self.plan.seed ^ 0x407).is_multiple_of(2) { Tracking::HotPages } else { Tracking::Plain };
-        Settings { core, pace, tracking, heartbeat, skew, jitter }
+        let capture = (self.plan.capture, self.plan.precopy);
+        Settings { core, pace, tracking, capture, heartbeat, skew, jitter }
     }
 
     /// The process of a node is gone, in order or not; its kernel closes what it had open.

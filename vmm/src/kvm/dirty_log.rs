@@ -69,6 +69,16 @@ impl DirtyLog {
         Ok(log)
     }
 
+    /// The pages of a set that is taken while the guest runs and its epoch has not ended. All their bits are cleared when this returns. Hot pages are left
+    /// out, where the host can leave them.
+    pub(super) fn take_cold(&mut self, vm: &VmFd, ram: &GuestRam) -> Result<PageBits, DirtyError> {
+        let log = read(vm, ram)?;
+        let chosen = self.tracking == Tracking::HotPages && self.manual;
+        let cold = if chosen { self.hot.cold(&log) } else { log };
+        self.clear(vm, &cold)?;
+        Ok(cold)
+    }
+
     fn clear(&self, vm: &VmFd, bits: &PageBits) -> Result<(), DirtyError> {
         if !self.manual {
             return Ok(());

@@ -306,6 +306,11 @@ impl Machine for ModelMachine {
         Ok(self.ledger.take(&[&self.log.take(self.ram.take_own_writes())]))
     }
 
+    fn take_cold_dirty(&mut self) -> Result<DirtySet, DirtyError> {
+        assert!(self.log.is_on(), "dirty pages can only be taken while they are tracked");
+        Ok(self.ledger.take(&[&self.log.take_cold(self.ram.take_own_writes())]))
+    }
+
     fn events(&self) -> Receiver<MachineEvent> {
         self.events.clone()
     }

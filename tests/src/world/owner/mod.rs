@@ -9,6 +9,8 @@ use failover::RunPermit;
 use failover::decide::{Action, GuestEnd, Input, LinkLoss};
 use failover::exit::ExitCode;
 use primary::bulk::{BaseCopy, blocks_to_look_at};
+use primary::capture::Capture;
+use primary::capture::precopy::Precopied;
 use primary::disk::{DiskCopy, OwnerDisks};
 use primary::epoch::{Afterwards, EpochParts};
 use primary::host::{EPOCHS_IN_FLIGHT, Flow, wire_goodbye};
@@ -37,11 +39,21 @@ enum Doing {
     /// The base of this epoch is being copied.
     Copying { session: Session, first: Epoch, memory: Option<BaseCopy>, disks: Option<DiskCopy>, few: bool },
     /// One checkpoint after another.
-    Epochs { session: Session, pacer: Pacer },
+    Epochs { session: Session, pacer: Pacer, phase: Phase },
     /// The guest is stopped; the link stays until a command needs it no longer.
     Stopped,
     /// The same, after the last checkpoint of a switchover: what still arrives for the guest is told to the backup.
     HandedOver,
+}
+
+/// Where the end of an epoch is.
+enum Phase {
+    /// The epoch goes on.
+    Running,
+    /// Pages were copied while the guest runs. The pause follows.
+    Precopied(Precopied),
+    /// The guest stands still until this epoch is committed.
+    Waiting { epoch: Epoch, began: Duration, waited_since: Option<Duration> },
 }
 
 /// One session's connections.
@@ -90,6 +102,7 @@ impl OwnerPart {
             base_share: 1.0,
             verifier: Arc::new(Verifier::new(Vec::new())),
             disks: base.disks.as_ref().map_or_else(|| Arc::new(OwnerDisks::none()), |disks| Arc::clone(&disks.owner)),
+            capture: Capture::new(base.capture.0, base.capture.1),
         };
         Self {
             course: Course::new(base.retry, last),
@@ -285,6 +298,7 @@ impl OwnerPart {
             link.stream.give_up();
             env.hang_up(link.data, End::Caller);
             self.inbox.push_back(Told::Closed(link.session, loss));
+            self.let_run_on();
             base.rouse(env);
         }
     }
@@ -373,11 +387,28 @@ impl OwnerPart {
     /// Protection cannot go on.
     fn fail(&mut self, why: &str, base: &mut Base, env: &mut Env) {
         env.note(|| format!("{} cannot protect: {why}", base.me));
-        self.doing = Doing::Nothing;
+        self.does(Doing::Nothing);
         self.parts.disks.end_log();
         self.close_link(LinkLoss::Local, base, env);
         self.inbox.push_back(Told::ProtectionFailed);
         base.rouse(env);
+    }
+
+    /// Something else is done from now on. A guest that waited for a commit waits no longer, and what was taken of an unfinished epoch is given back.
+    fn does(&mut self, doing: Doing) {
+        self.let_run_on();
+        self.doing = doing;
+    }
+
+    /// A guest that waits for a commit runs on, unless it was stopped for another reason meanwhile.
+    fn let_run_on(&mut self) {
+        if let Doing::Epochs { phase: phase @ Phase::Waiting { .. }, .. } = &mut self.doing {
+            *phase = Phase::Running;
+            if !self.stopped && self.permit.is_some() {
+                // A guest that has ended meanwhile stays so.
+                self.machine.run().ok();
+            }
+        }
     }
 
     fn run(&mut self) {
@@ -439,7 +470,7 @@ impl OwnerPart {
                     BaseCopy::begin(&mut self.machine, self.parts.tracking, link.standing.warm_memory)
                         .expect("the simulated dirty log can be switched on")
                 });
-                self.doing = Doing::Copying { session, first, memory, disks, few: false };
+                self.does(Doing::Copying { session, first, memory, disks, few: false });
                 // What was planned for another session wakes nobody in this one.
                 self.runner_at = None;
                 if begun.is_err() {
@@ -454,8 +485,8 @@ impl OwnerPart {
                         env.hang_up(link.data, End::Caller);
                     }
                     link.beat.close(env);
+                    self.does(Doing::Nothing);
                     self.check_dirty(&link, base, env);
-                    self.doing = Doing::Nothing;
                     self.parts.disks.end_log();
                     self.course.epoch_used(self.last);
                 }
@@ -504,7 +535,7 @@ impl OwnerPart {
             Action::PauseGuest => {
                 self.stop();
                 if matches!(self.doing, Doing::Epochs { .. }) {
-                    self.doing = Doing::Stopped;
+                    self.does(Doing::Stopped);
                 }
             }
             Action::ResumeGuest => self.run(),

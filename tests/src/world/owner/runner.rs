@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use primary::bulk::{BaseCopy, BaseStep, hashes_of};
+use primary::capture::precopy::Precopied;
 use primary::disk::DiskStep;
 use primary::epoch::{Afterwards, StagedCheckpoint, stage};
 use primary::host::EPOCHS_IN_FLIGHT;
@@ -12,13 +13,16 @@ use primary::protect::Session;
 use replication_proto::Epoch;
 use vmm::{Machine, PageNo};
 
-use super::{Doing, OwnerPart};
+use super::{Doing, OwnerPart, Phase};
 use crate::world::Nanos;
 use crate::world::env::{Env, Event};
 use crate::world::process::Base;
 
 /// How long the runner waits before it looks again whether there is room for a further checkpoint.
 const ROOM_INTERVAL: Nanos = 1_000_000;
+
+/// How often it is looked whether a guest need wait for its commit no longer.
+const HOLD_INTERVAL: Nanos = 5_000_000;
 
 /// What a pause is said to have cost the guest: virtual time does not pass in one.
 const PAUSE: Duration = Duration::from_micros(200);
@@ -67,19 +71,46 @@ impl OwnerPart {
 
     /// The runner's thread asks the pacer.
     fn look(&mut self, base: &mut Base, env: &mut Env) {
-        let Doing::Epochs { session, pacer } = &mut self.doing else { return };
+        let Doing::Epochs { session, pacer, phase } = &mut self.doing else { return };
         let session = *session;
+        match phase {
+            Phase::Running => {}
+            Phase::Precopied(_) => return self.end_epoch(Afterwards::RunsOn, base, env),
+            Phase::Waiting { epoch, .. } if base.gate.bell().last_committed() < epoch.0 => {
+                return self.wake_runner(env.now + HOLD_INTERVAL, session, base, env);
+            }
+            Phase::Waiting { epoch, began, waited_since } => {
+                let (epoch, began, waited_since) = (*epoch, *began, *waited_since);
+                self.let_run_on();
+                return self.ran_on(epoch, began, waited_since, base, env);
+            }
+        }
         let now = base.local(env.now);
         let bell = base.gate.bell();
         pacer.committed(Epoch(bell.last_committed()), now);
         let asked = self.parts.disks.wants_checkpoint();
         let look = Look { now, waiting_since: bell.waits_since(), ran: Some(self.machine.ran()), asked };
         match pacer.look(&look) {
-            Next::End => self.end_epoch(Afterwards::RunsOn, base, env),
+            Next::End => self.begin_end(base, env),
             Next::Look(at) => {
                 let at = base.world_time(at) + env.rng.range(0, 200_000);
                 self.wake_runner(at.max(env.now + 1_000), session, base, env);
             }
+        }
+    }
+
+    /// The epoch shall end: pages are copied before the pause, or it comes at once.
+    fn begin_end(&mut self, base: &mut Base, env: &mut Env) {
+        let copied = self.parts.capture.precopy(&mut self.machine, &self.parts.arena);
+        let early = copied.expect("the simulated dirty log can be read");
+        let Doing::Epochs { session, phase, .. } = &mut self.doing else { return };
+        match early {
+            Some(early) => {
+                *phase = Phase::Precopied(early);
+                let (session, at) = (*session, env.now + env.rng.range(5_000, 2_000_000));
+                self.wake_runner(at, session, base, env);
+            }
+            None => self.end_epoch(Afterwards::RunsOn, base, env),
         }
     }
 
@@ -148,15 +179,19 @@ impl OwnerPart {
 
     /// What is left goes with the checkpoint that ends the base.
     fn end_base(&mut self, session: Session, first: Epoch, base: &mut Base, env: &mut Env) {
-        let Some(checkpoint) = self.take(first, Afterwards::RunsOn, base, env) else {
+        let Some((checkpoint, waits)) = self.take(first, None, Afterwards::RunsOn, base, env) else {
             return self.fail("no checkpoint", base, env);
         };
+        if waits {
+            // The commit of a base is not waited for.
+            self.machine.run().expect("it ran until now");
+        }
         env.ghost.base_sealed(base.who, first.0);
         let Some(link) = &mut self.link else { return };
         let sent = link.stream.end(checkpoint);
         self.running_epoch = first.next();
         let pacer = Pacer::new(base.pace, EPOCHS_IN_FLIGHT, first, base.local(env.now));
-        self.doing = Doing::Epochs { session, pacer };
+        self.doing = Doing::Epochs { session, pacer, phase: Phase::Running };
         self.sent_piece(sent.is_ok(), base, env);
     }
 
@@ -175,19 +210,29 @@ impl OwnerPart {
         }
     }
 
-    /// The real checkpoint, steps 2 to 7.
-    fn take(&mut self, epoch: Epoch, afterwards: Afterwards, base: &Base, env: &mut Env) -> Option<StagedCheckpoint> {
+    /// The real checkpoint, steps 2 to 7, and whether the guest waits for its commit.
+    fn take(
+        &mut self,
+        epoch: Epoch,
+        early: Option<Precopied>,
+        afterwards: Afterwards,
+        base: &Base,
+        env: &mut Env,
+    ) -> Option<(StagedCheckpoint, bool)> {
         if let Some(failure) = self.parts.disks.take_failure() {
             env.note(|| format!("{}: {failure}", base.me));
             return None;
         }
-        let staged = stage(&mut self.machine, &self.parts, epoch, afterwards).ok()?.0;
+        let (captured, pause) = stage(&mut self.machine, &self.parts, early, epoch, afterwards).ok()?;
+        let waits = pause.waits();
+        pause.keep_waiting();
         env.ghost.sealed(base.who, epoch.0, &mut self.machine);
+        let staged = captured.finish(&self.parts).ok()?;
         let (bytes, _) = base.gate.held();
         if bytes > 1 << 20 || base.arena.in_flight() > 64 << 20 {
             env.ghost.broken("G7", format!("{bytes} bytes held, {} staged", base.arena.in_flight()));
         }
-        Some(staged)
+        Some((staged, waits))
     }
 
     pub(super) fn end_epoch(&mut self, afterwards: Afterwards, base: &mut Base, env: &mut Env) {
@@ -203,16 +248,29 @@ impl OwnerPart {
         }
         if self.stopped {
             // The guest ended by itself; its link stays until the record says so.
-            self.doing = Doing::Stopped;
+            self.does(Doing::Stopped);
             return;
         }
         let waited_since = base.gate.bell().waits_since();
         let epoch = self.last.next();
         self.last = epoch;
         self.running_epoch = epoch.next();
-        let Some(checkpoint) = self.take(epoch, afterwards, base, env) else {
+        let early = match &mut self.doing {
+            Doing::Epochs { phase, .. } => match std::mem::replace(phase, Phase::Running) {
+                Phase::Precopied(early) => Some(early),
+                _ => None,
+            },
+            _ => None,
+        };
+        let Some((checkpoint, waits)) = self.take(epoch, early, afterwards, base, env) else {
             return self.fail("no checkpoint", base, env);
         };
+        let began = base.local(env.now);
+        if let Doing::Epochs { phase, .. } = &mut self.doing
+            && waits
+        {
+            *phase = Phase::Waiting { epoch, began, waited_since };
+        }
         let sent = self.link.as_mut().map(|link| link.stream.checkpoint(checkpoint));
         if !matches!(sent, Some(Ok(()))) {
             return self.fail("the stream is over", base, env);
@@ -220,13 +278,22 @@ impl OwnerPart {
         self.transmit(env);
         if afterwards == Afterwards::StaysStopped {
             self.stopped = true;
-            self.doing = Doing::HandedOver;
+            self.does(Doing::HandedOver);
             self.inbox.push_back(Told::FinalSent(epoch));
             return base.rouse(env);
         }
+        if waits {
+            return self.wake_runner(env.now + HOLD_INTERVAL, session, base, env);
+        }
+        self.ran_on(epoch, began, waited_since, base, env);
+    }
+
+    /// The guest runs on after a checkpoint.
+    fn ran_on(&mut self, epoch: Epoch, began: Duration, waited_since: Option<Duration>, base: &Base, env: &mut Env) {
         if let Doing::Epochs { pacer, .. } = &mut self.doing {
             let (now, ran) = (base.local(env.now), Some(self.machine.ran()));
-            pacer.ended(&Taken { epoch, began: now, pause: PAUSE, waited_since, ran }, now);
+            let pause = (now - began).max(PAUSE);
+            pacer.ended(&Taken { epoch, began, pause, waited_since, ran }, now);
         }
         self.schedule(base, env);
     }
