@@ -66,11 +66,13 @@ pub enum Mutant {
     PrecopiedPageKept,
     /// The pages that were copied before the pause are retired when they were copied.
     PrecopyRetired,
+    /// A write-protected page may be written before it was copied.
+    WrittenBeforeCopied,
 }
 
 impl Mutant {
     /// Every one of them.
-    pub const ALL: [Self; 31] = [
+    pub const ALL: [Self; 32] = [
         Self::SoloWithoutCas,
         Self::TakeoverWithoutCas,
         Self::RecordWithoutIncarnation,
@@ -102,6 +104,7 @@ impl Mutant {
         Self::ReturnersBitsIgnored,
         Self::PrecopiedPageKept,
         Self::PrecopyRetired,
+        Self::WrittenBeforeCopied,
     ];
 }
 

@@ -7,6 +7,7 @@
 //! * [`config`]: what a machine is made of; both hosts build the same one
 //! * [`memory`]: guest RAM, page by page
 //! * [`dirty`]: which pages were written, and how the answer survives a failure
+//! * [`write_protect`]: pages that the guest may not write for a while
 //! * [`section`]: one versioned piece of machine state
 //! * [`disk`]: what a block device does its work on
 //! * [`outputs`]: where everything externally visible leaves, and where frames come in
@@ -36,6 +37,7 @@ pub mod section;
 mod state;
 pub mod tap;
 mod vcpu;
+pub mod write_protect;
 
 pub use config::{ClockPolicy, DiskConfig, Fact, MAX_DISKS, MachineConfig, MachineIo, NicConfig};
 pub use dirty::{DirtyLedger, DirtySet};

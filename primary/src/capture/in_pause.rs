@@ -15,7 +15,10 @@ pub struct Postponed;
 pub struct StopAndCopy;
 
 /// Copies all that there is to copy, now.
-pub(super) fn copy(job: Job<'_>) -> Result<Pending, CopyError> {
+///
+/// # Errors
+/// See [`CopyError`].
+pub fn copy(job: Job<'_>) -> Result<Pending, CopyError> {
     let Job { ram, arena, dirty, early, runs_on: _ } = job;
     let pages = match early {
         None => arena.stage(ram, dirty)?,

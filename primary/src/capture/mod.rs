@@ -18,13 +18,18 @@ use failover::status::CaptureStatus;
 use replication_proto::mutant::{self, Mutant};
 use vmm::machine::DirtyError;
 use vmm::memory::NotRam;
+use vmm::write_protect::WriteProtectError;
 use vmm::{DirtySet, GuestRam, Machine};
 
 use crate::staging::{Arena, StagedPages};
 
+pub mod choice;
 pub mod hold;
 pub mod in_pause;
+mod lately;
+pub mod on_write;
 pub mod precopy;
+pub mod round;
 
 use precopy::{Precopied, PrecopyPolicy, Sample};
 
@@ -37,6 +42,9 @@ pub enum CopyError {
     /// The dirty log named a page that is not RAM.
     #[error(transparent)]
     NotRam(#[from] NotRam),
+    /// Guest memory could not be write-protected, or not be let go again as it should.
+    #[error(transparent)]
+    Protect(#[from] WriteProtectError),
 }
 
 /// When a guest runs on.
@@ -137,8 +145,10 @@ impl Capture {
     /// As configured.
     pub fn new(strategy: CaptureStrategy, precopy: Precopy) -> Self {
         let strategy: Box<dyn Strategy> = match strategy {
+            CaptureStrategy::Postponed => Box::new(in_pause::Postponed),
             CaptureStrategy::StopAndCopy => Box::new(in_pause::StopAndCopy),
-            _ => Box::new(in_pause::Postponed),
+            CaptureStrategy::CopyOnWrite => Box::new(on_write::CopyOnWrite::default()),
+            CaptureStrategy::Auto => Box::new(choice::Auto::new()),
         };
         Self::with(strategy, precopy)
     }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use failover::config::Precopy;
 use vmm::DirtySet;
 
+use super::lately::{Lately, double, rounded};
 use crate::staging::StagedPages;
 
 /// What a write to a page whose dirty bit was cleared costs the guest: measured on KVM without hardware virtualisation; about 1 us with it.
@@ -18,8 +19,6 @@ const LEAST_SAVED: f64 = 100e-6;
 const MARGIN: f64 = 2.0;
 /// While it does not pay it is tried once in so many epochs: guests change.
 const TRIAL_EVERY: u32 = 64;
-/// Weight of the newest epoch.
-const NEWEST: f64 = 0.25;
 
 /// Pages that were copied before the pause: part of the epoch that ends next, whatever is written later. Dropped, it gives its pages back.
 #[derive(Debug)]
@@ -50,20 +49,6 @@ impl Sample {
     }
 }
 
-/// An average in which the newest counts a quarter.
-#[derive(Clone, Copy, Debug)]
-struct Lately(Option<f64>);
-
-impl Lately {
-    fn note(&mut self, newest: f64) {
-        self.0 = Some(self.0.map_or(newest, |before| before + (newest - before) * NEWEST));
-    }
-
-    fn or(self, unknown: f64) -> f64 {
-        self.0.unwrap_or(unknown)
-    }
-}
-
 /// When pre-copy pays: what it saves of the pause against what pages cost that are written again. Learns, and forgets.
 #[derive(Clone, Debug)]
 pub struct PrecopyPolicy {
@@ -82,7 +67,7 @@ pub struct PrecopyPolicy {
 impl PrecopyPolicy {
     /// Knows nothing yet.
     pub fn new(mode: Precopy) -> Self {
-        let unknown = Lately(None);
+        let unknown = Lately::default();
         Self { mode, all: unknown, page: unknown, spared: unknown, twice: unknown, without: 0 }
     }
 
@@ -123,7 +108,7 @@ impl PrecopyPolicy {
         if epoch.precopied.is_some() {
             if std::mem::take(&mut self.without) > TRIAL_EVERY {
                 // What was known is old: the trial alone counts.
-                (self.spared, self.twice) = (Lately(None), Lately(None));
+                (self.spared, self.twice) = (Lately::default(), Lately::default());
             }
             if epoch.all > 0 {
                 self.spared.note(double(epoch.all.saturating_sub(epoch.late)) / double(epoch.all));
@@ -131,16 +116,6 @@ impl PrecopyPolicy {
             }
         }
     }
-}
-
-/// Counts of pages are far below what a double holds exactly.
-fn double(pages: usize) -> f64 {
-    f64::from(u32::try_from(pages).unwrap_or(u32::MAX))
-}
-
-#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "not negative, and below 2^32")]
-fn rounded(pages: f64) -> usize {
-    pages.clamp(0.0, f64::from(u32::MAX)) as usize
 }
 
 #[cfg(test)]

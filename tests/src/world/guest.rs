@@ -16,6 +16,7 @@ use vmm::machine::{
 use vmm::pause::Stopped;
 use vmm::{ClockPolicy, DirtyLedger, DirtySet, Fact, GuestRam, Machine, Outputs, PAGE_SIZE, Section, SectionKind};
 
+use super::on_write::Watch;
 use crate::real::rng::mix;
 
 /// Pages of memory: one word of every bitmap.
@@ -179,6 +180,8 @@ pub struct SimMachine {
     disk: Option<Arc<dyn Disk>>,
     /// What must be durable before the request that is not completed begins is so.
     announced: bool,
+    /// Asked before each write.
+    watch: Watch,
 }
 
 impl SimMachine {
@@ -203,7 +206,13 @@ impl SimMachine {
             ran: Duration::ZERO,
             disk,
             announced: false,
+            watch: Watch::default(),
         }
+    }
+
+    /// Knows which pages may not be written before they are copied.
+    pub fn watch(&self) -> &Watch {
+        &self.watch
     }
 
     /// Makes it the `boot`-th guest of this world.
@@ -376,6 +385,7 @@ impl SimMachine {
     }
 
     fn write(&mut self, address: u64, value: u64) {
+        self.watch.writes(&self.ram, vmm::PageNo(address / 4096));
         self.touched |= 1 << (address / 4096);
         self.ram.tracked().write_obj(value, GuestAddress(address)).expect("an address of this machine");
     }

@@ -18,6 +18,7 @@ pub mod faults;
 pub mod guest;
 pub mod keeper;
 pub mod net;
+pub mod on_write;
 pub mod owner;
 pub mod process;
 pub mod register;
@@ -190,8 +191,9 @@ fn draw_pace(seed: u64, interval: Duration) -> EpochPace {
 
 /// How pages come out of a world's guests.
 fn draw_capture(seed: u64) -> CaptureStrategy {
-    match mix(seed ^ 0xca97) % 4 {
-        0 => CaptureStrategy::StopAndCopy,
+    match mix(seed ^ 0xca97) % 8 {
+        0 | 1 => CaptureStrategy::StopAndCopy,
+        2..5 => CaptureStrategy::CopyOnWrite,
         _ => CaptureStrategy::Postponed,
     }
 }

@@ -6,13 +6,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use failover::RunPermit;
+use failover::config::CaptureStrategy;
 use failover::decide::{Action, GuestEnd, Input, LinkLoss};
 use failover::exit::ExitCode;
 use primary::bulk::{BaseCopy, blocks_to_look_at};
 use primary::capture::Capture;
 use primary::capture::precopy::Precopied;
 use primary::disk::{DiskCopy, OwnerDisks};
-use primary::epoch::{Afterwards, EpochParts};
+use primary::epoch::{Afterwards, Captured, EpochParts};
 use primary::host::{EPOCHS_IN_FLIGHT, Flow, wire_goodbye};
 use primary::mirror::Mirror;
 use primary::owner::course::{Course, Event as Told, Order};
@@ -30,6 +31,7 @@ use super::Nanos;
 use super::env::{Env, Event};
 use super::guest::SimMachine;
 use super::net::{ConnId, End, Packet};
+use super::on_write::SimOnWrite;
 use super::process::{Base, Beat, Ending};
 
 /// What the runner's thread is doing.
@@ -52,8 +54,20 @@ enum Phase {
     Running,
     /// Pages were copied while the guest runs. The pause follows.
     Precopied(Precopied),
+    /// Its pages are protected, and copied while the guest runs.
+    Copying(Captured, Taking),
     /// The guest stands still until this epoch is committed.
-    Waiting { epoch: Epoch, began: Duration, waited_since: Option<Duration> },
+    Waiting(Taking),
+}
+
+/// A checkpoint that is being taken.
+#[derive(Clone, Copy)]
+struct Taking {
+    epoch: Epoch,
+    began: Duration,
+    waited_since: Option<Duration>,
+    afterwards: Afterwards,
+    waits: bool,
 }
 
 /// One session's connections.
@@ -102,7 +116,13 @@ impl OwnerPart {
             base_share: 1.0,
             verifier: Arc::new(Verifier::new(Vec::new())),
             disks: base.disks.as_ref().map_or_else(|| Arc::new(OwnerDisks::none()), |disks| Arc::clone(&disks.owner)),
-            capture: Capture::new(base.capture.0, base.capture.1),
+            capture: match base.capture {
+                (CaptureStrategy::CopyOnWrite, precopy) => {
+                    let strategy = SimOnWrite::new(machine.watch().clone(), machine.ram().clone());
+                    Capture::with(Box::new(strategy), precopy)
+                }
+                (strategy, precopy) => Capture::new(strategy, precopy),
+            },
         };
         Self {
             course: Course::new(base.retry, last),
@@ -402,7 +422,7 @@ impl OwnerPart {
 
     /// A guest that waits for a commit runs on, unless it was stopped for another reason meanwhile.
     fn let_run_on(&mut self) {
-        if let Doing::Epochs { phase: phase @ Phase::Waiting { .. }, .. } = &mut self.doing {
+        if let Doing::Epochs { phase: phase @ Phase::Waiting(_), .. } = &mut self.doing {
             *phase = Phase::Running;
             if !self.stopped && self.permit.is_some() {
                 // A guest that has ended meanwhile stays so.
@@ -533,6 +553,7 @@ impl OwnerPart {
             Action::OpenOutput => base.gate.open(),
             Action::TrustAcks { backup: _ } => base.gate.release_on_commit(),
             Action::PauseGuest => {
+                self.finish_copying(base, env);
                 self.stop();
                 if matches!(self.doing, Doing::Epochs { .. }) {
                     self.does(Doing::Stopped);
@@ -546,7 +567,10 @@ impl OwnerPart {
                 self.run();
             }
             Action::BeginSwitchover => match &self.doing {
-                Doing::Epochs { .. } => self.end_epoch(Afterwards::StaysStopped, base, env),
+                Doing::Epochs { .. } => {
+                    self.finish_copying(base, env);
+                    self.end_epoch(Afterwards::StaysStopped, base, env);
+                }
                 _ => env.note(|| "a last checkpoint came too late for its link".into()),
             },
             Action::Exit(code) => return Some(code),

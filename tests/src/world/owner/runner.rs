@@ -5,7 +5,7 @@ use std::time::Duration;
 use primary::bulk::{BaseCopy, BaseStep, hashes_of};
 use primary::capture::precopy::Precopied;
 use primary::disk::DiskStep;
-use primary::epoch::{Afterwards, StagedCheckpoint, stage};
+use primary::epoch::{Afterwards, Captured, StagedCheckpoint, stage};
 use primary::host::EPOCHS_IN_FLIGHT;
 use primary::owner::course::Event as Told;
 use primary::pacer::{Look, Next, Pacer, Taken};
@@ -13,7 +13,7 @@ use primary::protect::Session;
 use replication_proto::Epoch;
 use vmm::{Machine, PageNo};
 
-use super::{Doing, OwnerPart, Phase};
+use super::{Doing, OwnerPart, Phase, Taking};
 use crate::world::Nanos;
 use crate::world::env::{Env, Event};
 use crate::world::process::Base;
@@ -76,13 +76,14 @@ impl OwnerPart {
         match phase {
             Phase::Running => {}
             Phase::Precopied(_) => return self.end_epoch(Afterwards::RunsOn, base, env),
-            Phase::Waiting { epoch, .. } if base.gate.bell().last_committed() < epoch.0 => {
+            Phase::Copying(..) => return self.copy_protected(session, base, env),
+            Phase::Waiting(taking) if base.gate.bell().last_committed() < taking.epoch.0 => {
                 return self.wake_runner(env.now + HOLD_INTERVAL, session, base, env);
             }
-            Phase::Waiting { epoch, began, waited_since } => {
-                let (epoch, began, waited_since) = (*epoch, *began, *waited_since);
+            Phase::Waiting(taking) => {
+                let taking = *taking;
                 self.let_run_on();
-                return self.ran_on(epoch, began, waited_since, base, env);
+                return self.ran_on(taking, base, env);
             }
         }
         let now = base.local(env.now);
@@ -179,13 +180,14 @@ impl OwnerPart {
 
     /// What is left goes with the checkpoint that ends the base.
     fn end_base(&mut self, session: Session, first: Epoch, base: &mut Base, env: &mut Env) {
-        let Some((checkpoint, waits)) = self.take(first, None, Afterwards::RunsOn, base, env) else {
+        let Some((captured, waits)) = self.take(first, None, Afterwards::RunsOn, base, env) else {
             return self.fail("no checkpoint", base, env);
         };
         if waits {
             // The commit of a base is not waited for.
             self.machine.run().expect("it ran until now");
         }
+        let checkpoint = self.finished(captured, base, env);
         env.ghost.base_sealed(base.who, first.0);
         let Some(link) = &mut self.link else { return };
         let sent = link.stream.end(checkpoint);
@@ -218,7 +220,7 @@ impl OwnerPart {
         afterwards: Afterwards,
         base: &Base,
         env: &mut Env,
-    ) -> Option<(StagedCheckpoint, bool)> {
+    ) -> Option<(Captured, bool)> {
         if let Some(failure) = self.parts.disks.take_failure() {
             env.note(|| format!("{}: {failure}", base.me));
             return None;
@@ -227,12 +229,17 @@ impl OwnerPart {
         let waits = pause.waits();
         pause.keep_waiting();
         env.ghost.sealed(base.who, epoch.0, &mut self.machine);
-        let staged = captured.finish(&self.parts).ok()?;
+        Some((captured, waits))
+    }
+
+    /// What is left of a checkpoint is copied.
+    fn finished(&self, captured: Captured, base: &Base, env: &mut Env) -> StagedCheckpoint {
+        let staged = captured.finish(&self.parts).expect("pages of RAM");
         let (bytes, _) = base.gate.held();
         if bytes > 1 << 20 || base.arena.in_flight() > 64 << 20 {
             env.ghost.broken("G7", format!("{bytes} bytes held, {} staged", base.arena.in_flight()));
         }
-        Some((staged, waits))
+        staged
     }
 
     pub(super) fn end_epoch(&mut self, afterwards: Afterwards, base: &mut Base, env: &mut Env) {
@@ -255,44 +262,78 @@ impl OwnerPart {
         let epoch = self.last.next();
         self.last = epoch;
         self.running_epoch = epoch.next();
-        let early = match &mut self.doing {
-            Doing::Epochs { phase, .. } => match std::mem::replace(phase, Phase::Running) {
-                Phase::Precopied(early) => Some(early),
-                _ => None,
-            },
+        let Doing::Epochs { phase, .. } = &mut self.doing else { return };
+        let early = match std::mem::replace(phase, Phase::Running) {
+            Phase::Precopied(early) => Some(early),
             _ => None,
         };
-        let Some((checkpoint, waits)) = self.take(epoch, early, afterwards, base, env) else {
+        let Some((captured, waits)) = self.take(epoch, early, afterwards, base, env) else {
             return self.fail("no checkpoint", base, env);
         };
-        let began = base.local(env.now);
-        if let Doing::Epochs { phase, .. } = &mut self.doing
-            && waits
-        {
-            *phase = Phase::Waiting { epoch, began, waited_since };
+        let taking = Taking { epoch, began: base.local(env.now), waited_since, afterwards, waits };
+        if self.machine.watch().is_watching() {
+            if let Doing::Epochs { phase, .. } = &mut self.doing {
+                *phase = Phase::Copying(captured, taking);
+            }
+            return self.copies_on(session, base, env);
         }
-        let sent = self.link.as_mut().map(|link| link.stream.checkpoint(checkpoint));
-        if !matches!(sent, Some(Ok(()))) {
+        self.send(captured, taking, base, env);
+    }
+
+    fn copies_on(&mut self, session: Session, base: &Base, env: &mut Env) {
+        let at = env.now + env.rng.range(1_000, 300_000);
+        self.wake_runner(at, session, base, env);
+    }
+
+    /// The copier's next step; at the end the checkpoint is sent.
+    fn copy_protected(&mut self, session: Session, base: &mut Base, env: &mut Env) {
+        let most = usize::try_from(env.rng.range(1, 12)).expect("few pages");
+        if self.machine.watch().step(self.machine.ram(), most) {
+            return self.copies_on(session, base, env);
+        }
+        self.finish_copying(base, env);
+    }
+
+    /// What is protected is copied now, and sent.
+    pub(super) fn finish_copying(&mut self, base: &mut Base, env: &mut Env) {
+        let Doing::Epochs { phase, .. } = &mut self.doing else { return };
+        match std::mem::replace(phase, Phase::Running) {
+            Phase::Copying(captured, taking) => self.send(captured, taking, base, env),
+            other => *phase = other,
+        }
+    }
+
+    fn send(&mut self, captured: Captured, taking: Taking, base: &mut Base, env: &mut Env) {
+        let checkpoint = self.finished(captured, base, env);
+        if let Doing::Epochs { phase, .. } = &mut self.doing
+            && taking.waits
+        {
+            *phase = Phase::Waiting(taking);
+        }
+        let link = self.link.as_mut().filter(|link| !link.closed);
+        if !matches!(link.map(|link| link.stream.checkpoint(checkpoint)), Some(Ok(()))) {
             return self.fail("the stream is over", base, env);
         }
         self.transmit(env);
-        if afterwards == Afterwards::StaysStopped {
+        if taking.afterwards == Afterwards::StaysStopped {
             self.stopped = true;
             self.does(Doing::HandedOver);
-            self.inbox.push_back(Told::FinalSent(epoch));
+            self.inbox.push_back(Told::FinalSent(taking.epoch));
             return base.rouse(env);
         }
-        if waits {
+        if let Doing::Epochs { session, phase: Phase::Waiting(_), .. } = &self.doing {
+            let session = *session;
             return self.wake_runner(env.now + HOLD_INTERVAL, session, base, env);
         }
-        self.ran_on(epoch, began, waited_since, base, env);
+        self.ran_on(taking, base, env);
     }
 
     /// The guest runs on after a checkpoint.
-    fn ran_on(&mut self, epoch: Epoch, began: Duration, waited_since: Option<Duration>, base: &Base, env: &mut Env) {
+    fn ran_on(&mut self, taking: Taking, base: &Base, env: &mut Env) {
+        let Taking { epoch, began, waited_since, waits, .. } = taking;
         if let Doing::Epochs { pacer, .. } = &mut self.doing {
             let (now, ran) = (base.local(env.now), Some(self.machine.ran()));
-            let pause = (now - began).max(PAUSE);
+            let pause = if waits { (now - began).max(PAUSE) } else { PAUSE };
             pacer.ended(&Taken { epoch, began, pause, waited_since, ran }, now);
         }
         self.schedule(base, env);
