@@ -314,8 +314,13 @@ impl Link {
         self.waker.wake().ok();
     }
 
+    /// Whether the connection stands.
+    pub fn is_open(&self) -> bool {
+        !self.shared.closed.load(Ordering::Acquire)
+    }
+
     fn check_open(&self) -> Result<(), CheckpointError> {
-        if self.shared.closed.load(Ordering::Acquire) { Err(CheckpointError::LinkLost) } else { Ok(()) }
+        if self.is_open() { Ok(()) } else { Err(CheckpointError::LinkLost) }
     }
 
     fn command(&self, command: Command) -> Result<(), CheckpointError> {

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use failover::status::{Counters, OverloadStatus, PacingStatus, Status, StatusBoard, Timing};
+use failover::status::{CaptureStatus, Counters, OverloadStatus, PacingStatus, Status, StatusBoard, Timing};
 use replication_proto::Epoch;
 
 use crate::epoch::PauseParts;
@@ -24,6 +24,7 @@ pub struct Metrics {
     base: Mutex<Option<Base>>,
     pacing: Mutex<Option<PacingStatus>>,
     overload: Mutex<OverloadStatus>,
+    capture: Mutex<CaptureStatus>,
 }
 
 /// A base that is being copied.
@@ -46,6 +47,7 @@ impl Metrics {
             base: Mutex::default(),
             pacing: Mutex::default(),
             overload: Mutex::default(),
+            capture: Mutex::default(),
         }
     }
 
@@ -126,6 +128,16 @@ impl Metrics {
     /// Writes into a status whether they do.
     pub fn fill_overload(&self, status: &mut Status) {
         status.overload = self.overload.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    }
+
+    /// How pages come out of the guest.
+    pub fn captured(&self, capture: CaptureStatus) {
+        *self.capture.lock().unwrap_or_else(PoisonError::into_inner) = capture;
+    }
+
+    /// Writes into a status how pages come out of the guest.
+    pub fn fill_capture(&self, status: &mut Status) {
+        status.capture.clone_from(&self.capture.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
     /// Writes the counters into a status.

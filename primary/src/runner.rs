@@ -15,6 +15,7 @@ use vmm::machine::{DirtyError, PauseError, RunError};
 use vmm::{Machine, PausedVm, Throttle, Tracking};
 
 use crate::bulk;
+use crate::capture::hold::await_commit;
 use crate::clock::Clock;
 use crate::contention::Vcpus;
 use crate::epoch::{Afterwards, CheckpointError, EpochParts, checkpoint};
@@ -297,7 +298,9 @@ impl RunnerThread {
             let epoch = self.last.next();
             self.use_epoch(epoch);
             link.epoch_begins(epoch.next());
-            let pause = match checkpoint(&mut *self.machine, &self.parts, link, epoch, afterwards) {
+            let (bell, orders) = (self.parts.gate.bell(), &self.commands);
+            let mut commit = |epoch| await_commit(epoch, bell, orders, || link.is_open());
+            let pause = match checkpoint(&mut *self.machine, &self.parts, link, (epoch, afterwards), &mut commit) {
                 Ok(pause) => pause.whole,
                 // The guest ended by itself and its machine says so. The backup must not see the link go before the record says *stopped*.
                 Err(CheckpointError::Pause(PauseError::Ended(_))) => return self.stopped_with_link(link),
@@ -332,6 +335,7 @@ impl RunnerThread {
             if shown_at.is_none_or(|at| now.saturating_sub(at) >= SHOWN_INTERVAL) {
                 *shown_at = Some(now);
                 self.parts.metrics.paced(pacer.status());
+                self.parts.metrics.captured(self.parts.capture.status());
                 if let Some((slow, lasted)) = self.judge(link, pacer, now) {
                     return Woken::Overloaded(slow, lasted);
                 }

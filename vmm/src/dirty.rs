@@ -69,6 +69,17 @@ impl DirtySet {
         self.bits.iter()
     }
 
+    /// Both sets as one: they are retired together, or given back together.
+    ///
+    /// # Panics
+    /// When they are of different machines.
+    pub fn united(mut self, mut other: Self) -> Self {
+        assert!(Arc::ptr_eq(&self.ledger, &other.ledger), "dirty sets of two machines");
+        self.bits.unite(&other.bits);
+        other.retired = true;
+        self
+    }
+
     /// The backup has committed these pages: they are done with.
     pub fn retire(mut self) {
         self.retired = true;
@@ -115,6 +126,19 @@ mod tests {
         drop(ledger.take(log(&[9])));
         let set = ledger.take(log(&[8]));
         assert_eq!(pages(&set), [7, 8, 9]);
+    }
+
+    #[test]
+    fn united_sets_come_back_together_and_are_retired_together() {
+        let ledger = DirtyLedger::new();
+        let both = |a: &[u64], b: &[u64]| ledger.take(log(a)).united(ledger.take(log(b)));
+        let set = both(&[7, 9], &[9, 70]);
+        assert_eq!(pages(&set), [7, 9, 70]);
+        drop(set);
+        let set = both(&[1], &[]);
+        assert_eq!(pages(&set), [1, 7, 9, 70]);
+        set.retire();
+        assert!(ledger.is_empty());
     }
 
     #[test]

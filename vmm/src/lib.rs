@@ -8,6 +8,7 @@
 //! * [`memory`]: guest RAM, page by page
 //! * [`page_bits`]: sets of pages
 //! * [`dirty`]: which pages were written, and how the answer survives a failure
+//! * [`write_protect`]: pages that the guest may not write for a while
 //! * [`section`]: one versioned piece of machine state
 //! * [`disk`]: what a block device does its work on
 //! * [`outputs`]: where everything externally visible leaves, and where frames come in
@@ -41,6 +42,7 @@ mod state;
 pub mod tap;
 pub mod throttle;
 mod vcpu;
+pub mod write_protect;
 
 pub use config::{ClockPolicy, DiskConfig, Fact, MAX_DISKS, MachineConfig, MachineIo, NicConfig};
 pub use dirty::{DirtyLedger, DirtySet};

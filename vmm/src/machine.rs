@@ -50,6 +50,10 @@ pub trait Machine: Send {
     /// in the next set whatever happens.
     fn take_dirty(&mut self) -> Result<DirtySet, DirtyError>;
 
+    /// As [`Machine::take_dirty`] while the guest runs, before the pages of an epoch are taken for good: those that are not likely to be written again
+    /// in it. The rest stays for [`Machine::take_dirty`]. What is taken here was cleared and belongs to the epoch, whatever happens to it later.
+    fn take_cold_dirty(&mut self) -> Result<DirtySet, DirtyError>;
+
     /// Does `work` for each piece from 0, once, and returns when all are done. Threads of the machine that stand idle because it is stopped may help, so pieces are
     /// done in any order and at one time.
     fn share_work(&self, pieces: usize, work: &(dyn Fn(usize) + Sync));

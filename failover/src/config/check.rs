@@ -211,6 +211,7 @@ impl PairConfig {
         [
             self.derived_epoch(),
             self.derived_overload(),
+            self.derived_capture(),
             format!(
                 "heartbeats that may be lost in a row before the primary holds output: {}",
                 heartbeats.saturating_sub(1)

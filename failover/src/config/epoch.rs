@@ -51,6 +51,57 @@ impl Overload {
     }
 }
 
+/// How the pages that an epoch dirtied come out of the guest, and when it runs on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CaptureStrategy {
+    /// Copied in the pause, sent while the guest runs.
+    #[default]
+    Postponed,
+    /// Copied in the pause, which lasts until the backup has the checkpoint.
+    StopAndCopy,
+    /// Write-protected in the pause, copied while the guest runs.
+    CopyOnWrite,
+    /// Postponed, or on write where that pays.
+    Auto,
+}
+
+impl CaptureStrategy {
+    /// As in the file.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Postponed => "postponed",
+            Self::StopAndCopy => "stop-and-copy",
+            Self::CopyOnWrite => "copy-on-write",
+            Self::Auto => "auto",
+        }
+    }
+}
+
+/// Whether pages are copied before the pause, while the guest runs.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Precopy {
+    /// Where that pays.
+    #[default]
+    Auto,
+    /// In each epoch.
+    Always,
+    /// Never.
+    Never,
+}
+
+impl Precopy {
+    /// As in the file.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Always => "always",
+            Self::Never => "never",
+        }
+    }
+}
+
 /// `[epoch]`
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "Lines", into = "Lines")]
@@ -67,6 +118,10 @@ pub struct EpochSection {
     pub overload: Overload,
     /// For how long an overload is borne before it ends protection, if it shall.
     pub overload_patience: Duration,
+    /// How pages come out of the guest.
+    pub capture: CaptureStrategy,
+    /// Whether pages are copied before the pause.
+    pub precopy: Precopy,
 }
 
 impl Default for EpochSection {
@@ -78,6 +133,8 @@ impl Default for EpochSection {
             hot_pages: true,
             overload: Overload::default(),
             overload_patience: DEFAULT_PATIENCE,
+            capture: CaptureStrategy::default(),
+            precopy: Precopy::default(),
         }
     }
 }
@@ -98,14 +155,26 @@ struct Lines {
     overload: Overload,
     #[serde(with = "units::maybe_span", skip_serializing_if = "Option::is_none")]
     overload_patience: Option<Duration>,
+    capture: CaptureStrategy,
+    precopy: Precopy,
 }
 
 impl TryFrom<Lines> for EpochSection {
     type Error = &'static str;
 
     fn try_from(lines: Lines) -> Result<Self, Self::Error> {
-        let Lines { interval, latency, overhead, in_flight, ram_digest, hot_pages, overload, overload_patience } =
-            lines;
+        let Lines {
+            interval,
+            latency,
+            overhead,
+            in_flight,
+            ram_digest,
+            hot_pages,
+            overload,
+            overload_patience,
+            capture,
+            precopy,
+        } = lines;
         let unsaid = Self::default();
         let pace = match (interval, latency, overhead) {
             (None, None, None) => unsaid.pace,
@@ -117,16 +186,17 @@ impl TryFrom<Lines> for EpochSection {
         let in_flight = in_flight.unwrap_or(unsaid.in_flight);
         let overload_patience = overload_patience.unwrap_or(unsaid.overload_patience);
         let hot_pages = hot_pages.unwrap_or(unsaid.hot_pages);
-        Ok(Self { pace, in_flight, ram_digest, hot_pages, overload, overload_patience })
+        Ok(Self { pace, in_flight, ram_digest, hot_pages, overload, overload_patience, capture, precopy })
     }
 }
 
 impl From<EpochSection> for Lines {
     fn from(section: EpochSection) -> Self {
-        let EpochSection { pace, in_flight, ram_digest, hot_pages, overload, overload_patience } = section;
-        let (hot_pages, overload_patience) = (Some(hot_pages), Some(overload_patience));
-        let in_flight = Some(in_flight);
-        let mut lines = Self { in_flight, ram_digest, hot_pages, overload, overload_patience, ..Self::default() };
+        let EpochSection { pace, in_flight, ram_digest, hot_pages, overload, overload_patience, capture, precopy } =
+            section;
+        let (in_flight, hot_pages, overload_patience) = (Some(in_flight), Some(hot_pages), Some(overload_patience));
+        let said = Self { in_flight, ram_digest, hot_pages, overload, overload_patience, ..Self::default() };
+        let mut lines = Self { capture, precopy, ..said };
         match pace {
             EpochPace::Fixed(interval) => lines.interval = Some(interval),
             EpochPace::Latency(latency) => lines.latency = Some(latency),
@@ -167,6 +237,27 @@ impl PairConfig {
                 format_span(self.epoch.overload_patience)
             ),
         }
+    }
+
+    pub(super) fn derived_capture(&self) -> String {
+        let how = match self.epoch.capture {
+            CaptureStrategy::Postponed => "copied in the pause, sent while the guest runs",
+            CaptureStrategy::StopAndCopy => {
+                "copied in the pause, which lasts until the backup has acknowledged the epoch"
+            }
+            CaptureStrategy::CopyOnWrite => {
+                "write-protected in the pause, copied while the guest runs (needs userfaultfd on both hosts)"
+            }
+            CaptureStrategy::Auto => {
+                "copied in the pause; large sets that the guest rewrites little are copied while it runs"
+            }
+        };
+        let before = match self.epoch.precopy {
+            Precopy::Auto => "before the pause where that makes it shorter",
+            Precopy::Always => "before each pause, too",
+            Precopy::Never => "never before the pause",
+        };
+        format!("pages: {how}; {before}")
     }
 
     pub(super) fn derived_epoch(&self) -> String {

@@ -96,6 +96,31 @@ fn an_epoch_has_one_target_and_shows_it() {
 }
 
 #[test]
+fn a_capture_strategy_is_one_of_four_and_shown() {
+    let epoch = |lines: &str| parse(&format!("{GOOD}[epoch]\n{lines}")).map(|config| (config.epoch, config));
+    let cases = [
+        ("", CaptureStrategy::Postponed, Precopy::Auto, "pages: copied in the pause, sent while"),
+        (
+            "capture = \"stop-and-copy\"\nprecopy = \"never\"\n",
+            CaptureStrategy::StopAndCopy,
+            Precopy::Never,
+            "has acknowledged the epoch; never before the pause",
+        ),
+        ("capture = \"copy-on-write\"\n", CaptureStrategy::CopyOnWrite, Precopy::Auto, "needs userfaultfd"),
+        ("capture = \"auto\"\nprecopy = \"always\"\n", CaptureStrategy::Auto, Precopy::Always, "before each pause"),
+    ];
+    for (lines, capture, precopy, told) in cases {
+        let (epoch, config) = epoch(lines).unwrap();
+        assert_eq!((epoch.capture, epoch.precopy), (capture, precopy));
+        assert!(config.derived().contains(told), "{}", config.derived());
+        assert_eq!(parse(&config.effective()), Ok(config.clone()), "{}", config.effective());
+        assert!(config.effective().contains(&format!("capture = \"{}\"", capture.word())), "{}", config.effective());
+        assert!(config.effective().contains(&format!("precopy = \"{}\"", precopy.word())), "{}", config.effective());
+    }
+    assert!(message(&format!("{GOOD}[epoch]\ncapture = \"remus\"\n")).contains("unknown variant `remus`"));
+}
+
+#[test]
 fn a_byte_order_mark_and_dos_lines_are_tolerated_other_encodings_are_not() {
     assert_eq!(parse(&format!("\u{FEFF}{}", GOOD.replace('\n', "\r\n"))), parse(GOOD));
     let directory = tempfile::tempdir().unwrap();

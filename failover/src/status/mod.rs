@@ -7,12 +7,14 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 mod board;
+mod capture;
 mod overload;
 mod pacing;
 mod prom;
 mod table;
 
 pub use board::{Labels, StatusBoard, Timing};
+pub use capture::CaptureStatus;
 pub use overload::OverloadStatus;
 pub use pacing::PacingStatus;
 
@@ -198,6 +200,9 @@ pub struct Status {
     /// Whether link and backup keep up with the guest.
     #[serde(default)]
     pub overload: OverloadStatus,
+    /// How pages come out of the guest.
+    #[serde(default)]
+    pub capture: CaptureStatus,
     /// Epochs that are not committed yet.
     pub lag_epochs: u64,
     /// Age of the newest committed epoch.

@@ -140,3 +140,31 @@ fn ages_grow_when_the_event_loop_stops() {
     }
     assert!(board.snapshot().arbiter.age_seconds.unwrap() >= before + 0.019);
 }
+
+#[test]
+fn what_capture_did_is_shown_by_a_side_that_runs_the_guest() {
+    let board = board();
+    board.apply(&view(StateName::Protected));
+    assert!(!board.snapshot().to_table().contains("Capture:"));
+    let capture = CaptureStatus {
+        strategy: "auto".into(),
+        precopy: "always".into(),
+        precopies: true,
+        precopied_pages_total: 12_345,
+        precopied_again_total: 67,
+        copied_on_write_total: 8,
+        ..CaptureStatus::default()
+    };
+    board.update(|status| status.capture = capture);
+    let text = board.snapshot().to_table();
+    let line = "Capture: auto, pre-copy always (now: before the pause): 12,345 pages before pauses, 67 of them again";
+    assert!(text.contains(line), "{text}");
+    let text = board.snapshot().to_prometheus();
+    for line in [
+        "ft_capture{strategy=\"auto\"} 1",
+        "ft_capture_pages_total{how=\"precopied_again\"} 67",
+        "ft_capture_pages_total{how=\"copied_on_write\"} 8",
+    ] {
+        assert!(text.contains(line), "{line} is not in\n{text}");
+    }
+}

@@ -6,7 +6,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, Sender, bounded};
+use failover::config::{CaptureStrategy, Precopy};
 use failover::status::{Labels, NodeRole, StatusBoard};
+use primary::capture::Capture;
 use primary::clock::Clock;
 use primary::disk::OwnerDisks;
 use primary::epoch::{Afterwards, EpochParts, PauseParts, StagedCheckpoint, stage};
@@ -109,6 +111,7 @@ impl Subject {
             base_share: 1.0,
             verifier: Arc::new(Verifier::new(Vec::new())),
             disks: Arc::new(OwnerDisks::none()),
+            capture: Capture::new(CaptureStrategy::Postponed, Precopy::Never),
         };
         // Long enough for each page of the working set to be written once, whatever the guest's timer adds.
         let round = Duration::from_micros(u64::from(pages) * 1_000_000 / RATE);
@@ -151,7 +154,11 @@ impl Subject {
         // An epoch is an interval of time.
         std::thread::sleep(self.interval);
         self.ended += 1;
-        Ok(stage(&mut self.machine, &self.parts, Epoch(self.ended), Afterwards::RunsOn)?)
+        let epoch = Epoch(self.ended);
+        let early = self.parts.capture.precopy(&mut self.machine, &self.parts.arena)?;
+        let (captured, pause) = stage(&mut self.machine, &self.parts, early, epoch, Afterwards::RunsOn)?;
+        let pause = pause.end()?;
+        Ok((captured.finish(&self.parts)?, pause))
     }
 
     fn retire(&self, staged: StagedCheckpoint) {

@@ -167,7 +167,7 @@ fn live(args: &Args, number: u64) -> Outcome {
 /// The rules that live where the explorer does not look, in the stream and around memory, and a few that both catch; each with a seed that noticed it
 /// once and is tried first, and whether its guests have a disk. (`IsolatedRejoins` is the explorer's: 3,000 worlds did not notice it.)
 #[cfg(feature = "mutants")]
-const BROKEN: [(replication_proto::mutant::Mutant, u64, bool); 16] = {
+const BROKEN: [(replication_proto::mutant::Mutant, u64, bool); 19] = {
     use replication_proto::mutant::Mutant;
     [
         (Mutant::RetireOnSend, 1, false),
@@ -186,6 +186,9 @@ const BROKEN: [(replication_proto::mutant::Mutant, u64, bool); 16] = {
         (Mutant::BitAfterWrite, 1, true),
         (Mutant::BaseBeforeImage, 0, true),
         (Mutant::ReturnersBitsIgnored, 5, true),
+        (Mutant::PrecopiedPageKept, 0, false),
+        (Mutant::PrecopyRetired, 0, false),
+        (Mutant::WrittenBeforeCopied, 0, false),
     ]
 };
 

@@ -18,6 +18,7 @@ use vmm::{
     ClockPolicy, DirtyLedger, DirtySet, Fact, GuestRam, Machine, Outputs, PAGE_SIZE, Section, SectionKind, Throttle,
 };
 
+use super::on_write::Watch;
 use crate::real::rng::mix;
 
 /// Pages of memory: one word of every bitmap.
@@ -182,6 +183,8 @@ pub struct SimMachine {
     /// What must be durable before the request that is not completed begins is so.
     announced: bool,
     throttle: Throttle,
+    /// Asked before each write.
+    watch: Watch,
 }
 
 impl SimMachine {
@@ -207,7 +210,13 @@ impl SimMachine {
             disk,
             announced: false,
             throttle: Throttle::NONE,
+            watch: Watch::default(),
         }
+    }
+
+    /// Knows which pages may not be written before they are copied.
+    pub fn watch(&self) -> &Watch {
+        &self.watch
     }
 
     /// Makes it the `boot`-th guest of this world.
@@ -386,6 +395,7 @@ impl SimMachine {
     }
 
     fn write(&mut self, address: u64, value: u64) {
+        self.watch.writes(&self.ram, vmm::PageNo(address / 4096));
         self.touched |= 1 << (address / 4096);
         self.ram.tracked().write_obj(value, GuestAddress(address)).expect("an address of this machine");
     }
@@ -461,6 +471,10 @@ impl Machine for SimMachine {
     fn throttle(&mut self, throttle: Throttle) -> Result<(), ThrottleError> {
         self.throttle = throttle;
         Ok(())
+    }
+
+    fn take_cold_dirty(&mut self) -> Result<DirtySet, DirtyError> {
+        Ok(self.ledger.take(self.log.take_cold(self.ram.take_own_writes())))
     }
 
     fn events(&self) -> Receiver<MachineEvent> {

@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use failover::arbiter::NodeRef;
-use failover::config::{EpochPace, Overload};
+use failover::config::{CaptureStrategy, EpochPace, Overload, Precopy};
 use failover::decide::{ColdStart, CoreConfig, CoreTimers, Input, OnBackupLoss, Rejoin, Role, StateName, Ticket};
 use failover::status::{Labels, NodeRole, StatusBoard};
 use primary::pacer::{OverloadRules, Rules};
@@ -19,6 +19,7 @@ pub mod faults;
 pub mod guest;
 pub mod keeper;
 pub mod net;
+pub mod on_write;
 pub mod owner;
 pub mod process;
 pub mod register;
@@ -109,6 +110,10 @@ pub struct Plan {
     pub recovers: bool,
     /// Whether the guest has a disk.
     pub disk: bool,
+    /// How pages come out of the guest.
+    pub capture: CaptureStrategy,
+    /// Whether before the pause: what follows measurements would make a world another one each time.
+    pub precopy: Precopy,
 }
 
 impl Plan {
@@ -145,6 +150,8 @@ impl Plan {
             length: pick(&mut rng, &[10, 20, 30]) * SECOND,
             recovers: true,
             disk: false,
+            capture: draw_capture(seed),
+            precopy: if mix(seed ^ 0x93ec).is_multiple_of(2) { Precopy::Always } else { Precopy::Never },
         }
         .with_disk(!mix(seed ^ 0xd15c).is_multiple_of(4))
     }
@@ -170,6 +177,8 @@ impl Plan {
             retry: Duration::from_millis(50),
             jitter: 20_000,
             disk: false,
+            capture: CaptureStrategy::Postponed,
+            precopy: Precopy::Never,
             ..Self::draw(seed)
         }
     }
@@ -203,6 +212,15 @@ fn draw_overload(seed: u64) -> OverloadRules {
 fn draw_link_rate(seed: u64) -> u64 {
     let mut rng = Rng::new(mix(seed ^ 0x11_4c));
     if rng.range(0, 6) == 0 { rng.range(20_000, 200_000) } else { 0 }
+}
+
+/// How pages come out of a world's guests.
+fn draw_capture(seed: u64) -> CaptureStrategy {
+    match mix(seed ^ 0xca97) % 8 {
+        0 | 1 => CaptureStrategy::StopAndCopy,
+        2..5 => CaptureStrategy::CopyOnWrite,
+        _ => CaptureStrategy::Postponed,
+    }
 }
 
 /// What became of a world.
@@ -654,7 +672,8 @@ impl World {
             (Rules { pace: self.plan.pace, overload: self.plan.overload }, self.plan.jitter, self.nodes[node].skew);
         // Where hot pages are in every epoch, a page that is forgotten is found later or never: half of the worlds are without.
         let tracking = if mix(self.plan.seed ^ 0x407).is_multiple_of(2) { Tracking::HotPages } else { Tracking::Plain };
-        Settings { core, rules, tracking, heartbeat, skew, jitter }
+        let capture = (self.plan.capture, self.plan.precopy);
+        Settings { core, rules, tracking, capture, heartbeat, skew, jitter }
     }
 
     /// The process of a node is gone, in order or not; its kernel closes what it had open.

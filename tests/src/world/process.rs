@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use failover::arbiter::NodeRef;
+use failover::config::{CaptureStrategy, Precopy};
 use failover::decide::{Action, CoreConfig, Input, StateName};
 use failover::exit::ExitCode;
 use failover::status::StatusBoard;
@@ -56,6 +57,8 @@ pub struct Base {
     pub rules: Rules,
     /// What its machine does about hot pages.
     pub tracking: Tracking,
+    /// How pages come out of its guest, and whether before the pause.
+    pub capture: (CaptureStrategy, Precopy),
     /// Pause between attempts to connect.
     pub retry: Duration,
     /// Heartbeat interval.
@@ -111,6 +114,8 @@ pub struct Settings {
     pub rules: Rules,
     /// What its machine does about hot pages.
     pub tracking: Tracking,
+    /// See [`Base::capture`].
+    pub capture: (CaptureStrategy, Precopy),
     /// Heartbeat interval.
     pub heartbeat: Duration,
     /// See [`Base::skew`].
@@ -122,7 +127,7 @@ pub struct Settings {
 impl Base {
     /// A process that was just started.
     pub fn new(who: Who, settings: Settings, board: &StatusBoard, now: Nanos, disks: Option<OpenDisks>) -> Self {
-        let Settings { core, rules, tracking, heartbeat, skew, jitter } = settings;
+        let Settings { core, rules, tracking, capture, heartbeat, skew, jitter } = settings;
         let nanos = Arc::new(AtomicU64::new(0));
         let clock = Clock::simulated(Arc::clone(&nanos));
         let metrics = Arc::new(Metrics::new(board.clone()));
@@ -141,6 +146,7 @@ impl Base {
             voice: Voice::default(),
             rules,
             tracking,
+            capture,
             retry,
             heartbeat,
             skew,

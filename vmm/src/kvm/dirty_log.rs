@@ -74,6 +74,16 @@ impl DirtyLog {
         Ok(log)
     }
 
+    /// The pages of a set that is taken while the guest runs and its epoch has not ended. All their bits are cleared when this returns. Hot pages are left
+    /// out, where the host can leave them.
+    pub(super) fn take_cold(&mut self, vm: &VmFd, ram: &GuestRam) -> Result<PageBits, DirtyError> {
+        let log = self.read(vm, ram)?;
+        let chosen = self.tracking == Tracking::HotPages && self.manual;
+        let cold = if chosen { self.hot.cold(&log) } else { log };
+        self.clear(vm, ram, &cold)?;
+        Ok(cold)
+    }
+
     /// All that is set, slot by slot: there is one for each region.
     fn read(&mut self, vm: &VmFd, ram: &GuestRam) -> Result<PageBits, DirtyError> {
         let mut log = PageBits::default();

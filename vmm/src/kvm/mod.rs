@@ -278,6 +278,13 @@ impl Machine for KvmMachine {
         }
     }
 
+    fn take_cold_dirty(&mut self) -> Result<DirtySet, DirtyError> {
+        assert!(self.log.is_on(), "dirty pages can only be taken while they are tracked");
+        let log = self.log.take_cold(&self.vm, &self.ram)?;
+        // The VMM's own writes are few, and most of them to pages that devices write all the time.
+        Ok(self.ledger.take(log))
+    }
+
     fn events(&self) -> Receiver<MachineEvent> {
         self.events.clone()
     }

@@ -323,6 +323,11 @@ impl Machine for ModelMachine {
         Ok(())
     }
 
+    fn take_cold_dirty(&mut self) -> Result<DirtySet, DirtyError> {
+        assert!(self.log.is_on(), "dirty pages can only be taken while they are tracked");
+        Ok(self.ledger.take(self.log.take_cold(self.ram.take_own_writes())))
+    }
+
     fn events(&self) -> Receiver<MachineEvent> {
         self.events.clone()
     }
