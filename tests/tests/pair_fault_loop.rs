@@ -13,12 +13,14 @@ on_both_machines!(faults_one_after_the_other);
 
 /// No history that one guest without failures could not have produced, no two guests, no outage that the failure matrix does not name.
 fn faults_one_after_the_other(scene: &mut Scene) -> Result<()> {
-    let seed = match scene.machine() {
-        MachineKind::Kvm => 31,
-        MachineKind::Model => 32,
+    // One with epochs that follow the work and pages that are copied in every way, one with all that is the default.
+    let (seed, epoch) = match scene.machine() {
+        MachineKind::Kvm => (31, "latency=2ms capture=auto precopy=always"),
+        MachineKind::Model => (32, "25ms"),
     };
     let options = Options {
         machine: scene.machine(),
+        epoch: epoch.into(),
         seed,
         first: 0,
         faults: FAULTS,

@@ -27,6 +27,9 @@ struct Args {
     /// What runs the guest
     #[arg(long, value_enum, default_value = "kvm")]
     machine: Machine,
+    /// What is in the pairs' `[epoch]`: an interval, or keys with values such as "latency=2ms capture=copy-on-write precopy=always"
+    #[arg(long, default_value = "25ms")]
+    epoch: String,
     /// Longest time that a fault lasts, in milliseconds
     #[arg(long, default_value_t = 5_000, value_parser = clap::value_parser!(u64).range(700..=60_000))]
     longest_ms: u64,
@@ -70,7 +73,7 @@ fn main() -> ExitCode {
 }
 
 fn faults(args: Args) -> anyhow::Result<bool> {
-    let Args { faults, seed, first, machine, longest_ms, kind, double, limit, files, json } = args;
+    let Args { faults, seed, first, machine, epoch, longest_ms, kind, double, limit, files, json } = args;
     let machine = match machine {
         Machine::Kvm => MachineKind::Kvm,
         Machine::Model => MachineKind::Model,
@@ -78,7 +81,7 @@ fn faults(args: Args) -> anyhow::Result<bool> {
     let artifacts = Artifacts::build(machine, |step| eprintln!("{step}"))?;
     let until = limit.map(|minutes| Instant::now() + Duration::from_secs(60 * minutes));
     let longest = Duration::from_millis(longest_ms);
-    let options = Options { machine, seed, first, faults, longest, kind, double, files, until };
+    let options = Options { machine, epoch, seed, first, faults, longest, kind, double, files, until };
     let screen = Screen::new(faults);
     let report = run(&artifacts, &options, |round, report| screen.show(round, report))?;
     screen.end();

@@ -32,6 +32,8 @@ const POLL: Duration = Duration::from_millis(5);
 pub struct Options {
     /// KVM or model.
     pub machine: MachineKind,
+    /// What is in the pairs' `[epoch]`, in the words of [`crate::real::pair::PairOptions::epoch`].
+    pub epoch: String,
     /// What everything is drawn from.
     pub seed: u64,
     /// Number of the first round.
@@ -114,7 +116,13 @@ impl Runner<'_> {
             self.values.clear();
             self.era += 1;
             let files = self.options.files.clone();
-            *slot = Some(Stage::set(self.artifacts, self.options.machine, files, rng.next_u64(), self.era)?);
+            *slot = Some(Stage::set(
+                self.artifacts,
+                (self.options.machine, &self.options.epoch),
+                files,
+                rng.next_u64(),
+                self.era,
+            )?);
             self.report.pairs += 1;
         }
         let stage = slot.as_mut().expect("set above");

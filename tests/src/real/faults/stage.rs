@@ -86,12 +86,13 @@ impl Stage {
     /// A pair that is protected and armed, with its clients at work on the keys of `era`.
     pub(super) fn set(
         artifacts: &Artifacts,
-        machine: MachineKind,
+        (machine, epoch): (MachineKind, &str),
         files: Option<PathBuf>,
         seed: u64,
         era: u64,
     ) -> Result<Self> {
-        let options = PairOptions { memory: MEMORY.into(), extra: EXTRA.into(), files, ..PairOptions::new(machine) };
+        let (memory, extra, epoch) = (MEMORY.into(), EXTRA.into(), epoch.into());
+        let options = PairOptions { memory, extra, epoch, files, ..PairOptions::new(machine) };
         let mut pair = Pair::prepare(artifacts.clone(), &options)?;
         let mut rng = Rng::new(seed);
         prepare_views(&pair)?;
