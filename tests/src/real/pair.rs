@@ -482,7 +482,7 @@ fn config_text(dir: &Path, guest: Option<&Path>, options: &PairOptions) -> Strin
 /// A word of [`PairOptions::epoch`] as a line.
 fn epoch_line(word: &str) -> String {
     let (key, value) = word.split_once('=').unwrap_or(("interval", word));
-    if value.bytes().all(|byte| byte.is_ascii_digit()) {
+    if value.bytes().all(|byte| byte.is_ascii_digit()) || value == "true" {
         format!("{key} = {value}\n")
     } else {
         format!("{key} = {value:?}\n")
