@@ -186,9 +186,9 @@ const BROKEN: [(replication_proto::mutant::Mutant, u64, bool); 19] = {
         (Mutant::BitAfterWrite, 1, true),
         (Mutant::BaseBeforeImage, 0, true),
         (Mutant::ReturnersBitsIgnored, 5, true),
-        (Mutant::PrecopiedPageKept, 0, false),
-        (Mutant::PrecopyRetired, 0, false),
-        (Mutant::WrittenBeforeCopied, 0, false),
+        (Mutant::PrecopiedPageKept, 8, false),
+        (Mutant::PrecopyRetired, 4, false),
+        (Mutant::WrittenBeforeCopied, 962, false),
     ]
 };
 
