@@ -212,7 +212,9 @@ mod tests {
         let kicks = Arc::new([AtomicUsize::new(0), AtomicUsize::new(0)]);
         let mut slower = Slower::new(Arc::clone(&slowing));
         let kicked = Arc::clone(&kicks);
-        let kick = move |vcpu: usize| drop(kicked[vcpu].fetch_add(1, Ordering::SeqCst));
+        let kick = move |vcpu: usize| {
+            kicked[vcpu].fetch_add(1, Ordering::SeqCst);
+        };
         slower.set(Throttle::percent(50), kick).expect("a thread");
         let wait = |vcpu: usize, count: usize| {
             while kicks[vcpu].load(Ordering::SeqCst) < count {
@@ -220,7 +222,8 @@ mod tests {
             }
         };
         // Whoever ran before is got out once, to find its rhythm.
-        (wait(0, 1), wait(1, 1));
+        wait(0, 1);
+        wait(1, 1);
         slowing.get_out_at(1, Instant::now() + Duration::from_millis(1));
         wait(1, 2);
         assert_eq!(kicks[0].load(Ordering::SeqCst), 1);
