@@ -166,7 +166,7 @@ impl Link {
         let kernel = tcp_info(&*self.socket).unwrap_or_default();
         let here = self.shared.encoded.load(Ordering::Relaxed) + arena.in_flight();
         Reading {
-            sent_bytes: self.metrics.wire_bytes.load(Ordering::Relaxed),
+            sent_bytes: self.metrics.wire_bytes.load(Ordering::Relaxed).saturating_sub(kernel.not_sent.into()),
             unsent_bytes: here + usize::try_from(kernel.not_sent).unwrap_or(0),
             on_its_way: kernel.unacked > 0,
             busy: kernel.busy,

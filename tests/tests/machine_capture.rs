@@ -68,7 +68,7 @@ fn captures(
         paused.capture().expect("the state can be read");
         let dirty = paused.take_dirty().expect("the log can be read");
         expected.read(paused.ram());
-        let copying = capture.copy(paused.ram(), &arena, dirty, early, true).expect("pages are safe from the guest");
+        let copying = capture.copy(&paused, &arena, dirty, early, true).expect("pages are safe from the guest");
         paused.resume().expect("the guest resumes");
         let (staged, dirty) = capture.finish(copying).expect("the rest can be copied");
         assert_eq!(staged.len(), dirty.len(), "checkpoint {n}");

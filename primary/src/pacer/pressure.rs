@@ -58,7 +58,7 @@ impl Slow {
 /// How far the connection is, at one time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Reading {
-    /// Bytes that the connection has taken since the process started.
+    /// Bytes that have left over connections since the process started.
     pub sent_bytes: u64,
     /// Bytes that wait on this side: staged, encoded, or not sent yet by the kernel.
     pub unsent_bytes: usize,
@@ -323,8 +323,8 @@ impl Pressure {
         let (commit_ms, max_hold) = (commit.as_millis(), self.rules.max_hold);
         let what = match slow {
             Slow::Link => format!(
-                "the link takes {:.1} MiB/s, less than the guest makes; {:.1} MiB wait to be sent",
-                mib(self.rate),
+                "the link takes {:.1} MiB/s at most, less than the guest makes; {:.1} MiB wait to be sent",
+                mib(self.peak),
                 mib(waiting)
             ),
             Slow::Backup => format!("the backup does not keep up: what it got it commits after {commit_ms} ms"),

@@ -222,7 +222,8 @@ mod tests {
             }
         };
         // Whoever ran before is got out once, to find its rhythm.
-        (wait(0, 1), wait(1, 1));
+        wait(0, 1);
+        wait(1, 1);
         slowing.get_out_at(1, Instant::now() + Duration::from_millis(1));
         wait(1, 2);
         assert_eq!(kicks[0].load(Ordering::SeqCst), 1);

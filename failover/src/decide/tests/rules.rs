@@ -469,6 +469,16 @@ fn a_data_connection_that_dies_alone_ends_protection_although_heartbeats_go_on()
 }
 
 #[test]
+fn protection_that_ends_for_an_overload_says_so_and_comes_back() {
+    let mut world = World::protected();
+    world.input(A, Input::LinkLost(LinkLoss::Overloaded));
+    assert!(world.run_until(ms(5), |world| world.open(A)).is_some());
+    let view = world.view(A);
+    assert_eq!((view.state, view.reason), (StateName::Solo, ReasonCode::Overloaded));
+    assert!(world.run_until(ms(3000), |world| world.state(A) == StateName::Protected).is_some());
+}
+
+#[test]
 fn a_backup_whose_connection_was_dropped_is_not_waited_for() {
     let mut world = World::protected();
     let backup = world.nodes[B].me.clone();
