@@ -121,7 +121,7 @@ pub fn activate(
     failpoint!(TakeoverDelivered => return Err(failpoint::injected().into()));
     // 7. Run, on the strength of the permit. Queues count as kicked, pending interrupts are raised again.
     let parts = host.epoch_parts();
-    let runner = Runner::start(machine, parts, epoch, host.config.epoch.pace, host.clock.clone(), tell)?;
+    let runner = Runner::start(machine, parts, epoch, (&host.config).into(), host.clock.clone(), tell)?;
     runner.run(permit)?;
     Ok(Activated { runner, epoch, resent: held.frames.len(), ram_digest, took: began.elapsed() })
 }

@@ -50,6 +50,7 @@ reasons! {
     BackupReplaced, "backup_replaced", "the backup process was restarted", "wait; resync starts by itself";
     BackupLeft, "backup_left", "the backup said goodbye", "start ft-backup on the other node; resync starts by itself";
     BackupDropped, "backup_dropped", "this side closed the connection to the backup", "see the log for the cause; resync starts by itself";
+    Overloaded, "overloaded", "link or backup could not keep up with the guest, and [epoch] overload = \"drop\"", "a faster link or backup, or another policy; resync starts by itself";
     NotInSync, "not_in_sync", "the record does not name a backup in sync any more", "wait; resync starts by itself";
     Unprotected, "unprotected", "an operator switched protection off", "`ftctl protect` switches it on again";
     ProtectionPaused, "protection_paused", "an operator paused protection for a time", "wait, or `ftctl protect` ends the pause now";

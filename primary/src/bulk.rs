@@ -239,9 +239,7 @@ impl Session<'_> {
             self.parts.metrics.base_left(memory.left());
             // A pause is a wait for answers, of which there may be some: the copy goes on with those.
             self.take_answers(pace.pause(), Some(memory), disks)?;
-            let stage = |machine: &dyn Machine, pages: &[PageNo]| {
-                self.parts.arena.stage_pages(machine.ram(), pages.len(), pages.iter().copied())
-            };
+            let stage = |machine: &dyn Machine, pages: &[PageNo]| self.parts.arena.stage_pages(machine.ram(), pages);
             match memory.next_step(machine)? {
                 BaseStep::Ask(pages) => self.link.ask(hashes_of(&stage(machine, &pages)?))?,
                 BaseStep::Send(pages) => {

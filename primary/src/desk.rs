@@ -157,6 +157,8 @@ impl Desk {
             scene.metrics.fill(&mut status.counters);
             scene.metrics.fill_resync(status);
             scene.metrics.fill_pacing(status);
+            scene.metrics.fill_overload(status);
+            scene.metrics.fill_capture(status);
             status.warnings.retain(|warning| !warning.starts_with(DISK_WARNING));
             status.warnings.extend(scene.disks.iter().map(|trouble| format!("{DISK_WARNING}{trouble}")));
         });

@@ -9,12 +9,15 @@ use vmm::machine::{CaptureError, DirtyError, Machine, PauseError, RunError};
 use vmm::memory::NotRam;
 use vmm::{DirtySet, PauseTimings, PausedVm, Section, Tracking};
 
+use crate::capture::precopy::Precopied;
+use crate::capture::{Capture, CopyError, Copying, RunsOn};
 use crate::disk::{DiskFailure, OwnerDisks};
 use crate::link::Link;
 use crate::metrics::Metrics;
 use crate::mirror::Mirror;
 use crate::output::Gate;
 use crate::output::held::{HELD_SECTION, HELD_VERSION, HeldFrames};
+use crate::pacer::Slow;
 use crate::ram_digest::digest_section;
 use crate::staging::{Arena, StagedPages};
 use crate::verify::{HashError, Verifier};
@@ -32,8 +35,25 @@ pub struct StagedCheckpoint {
     pub disk: DiskChanges,
     /// Kept until the commit, which retires it; dropped earlier, it gives its pages back.
     pub dirty: DirtySet,
-    /// When the guest ran on.
+    /// When the guest ran on, or could have.
     pub resumed: Instant,
+}
+
+/// A checkpoint some of whose pages may still be in guest memory, where they are safe from the guest.
+pub struct Captured {
+    epoch: Epoch,
+    copying: Copying,
+    sections: Vec<Section>,
+    disk: DiskChanges,
+    resumed: Instant,
+}
+
+/// A pause that is over, or that ends when its owner says so; at the latest when it is dropped.
+pub struct Pause<'m> {
+    began: Instant,
+    parts: PauseParts,
+    /// The guest waits for the commit.
+    stopped: Option<PausedVm<'m>>,
 }
 
 /// What a checkpoint needs besides the machine.
@@ -56,6 +76,8 @@ pub struct EpochParts {
     pub verifier: Arc<Verifier>,
     /// The machine's disks.
     pub disks: Arc<OwnerDisks>,
+    /// How pages come out of the guest.
+    pub capture: Capture,
 }
 
 /// What the guest does after a checkpoint.
@@ -88,6 +110,9 @@ pub enum CheckpointError {
     /// The dirty log named a page that is not RAM.
     #[error(transparent)]
     NotRam(#[from] NotRam),
+    /// The pages could not be copied.
+    #[error(transparent)]
+    Copy(#[from] CopyError),
     /// A disk of this side failed: the backup's may differ from it.
     #[error(transparent)]
     Disk(#[from] DiskFailure),
@@ -103,6 +128,14 @@ pub enum CheckpointError {
     /// The guest could not be resumed.
     #[error(transparent)]
     Resume(#[from] RunError),
+    /// Link or backup could not keep up for so long that protection is to end.
+    #[error("overloaded: the {} could not keep up for {lasted:.1?}", slow.word())]
+    Overloaded {
+        /// What could not.
+        slow: Slow,
+        /// For how long.
+        lasted: Duration,
+    },
     /// The backup could never hold a checkpoint of this size.
     #[error("epoch {epoch} dirtied {bytes} bytes, more than the {limit} that the backup takes")]
     TooLarge {
@@ -115,6 +148,9 @@ pub enum CheckpointError {
     },
 }
 
+/// Waits until the backup has committed an epoch, or nobody can wait for that any more.
+pub type AwaitCommit<'a> = dyn FnMut(Epoch) + 'a;
+
 /// Ends `epoch` with a checkpoint and hands it to `link`.
 ///
 /// # Errors
@@ -123,16 +159,29 @@ pub fn checkpoint(
     machine: &mut dyn Machine,
     parts: &EpochParts,
     link: &Link,
-    epoch: Epoch,
-    afterwards: Afterwards,
+    (epoch, afterwards): (Epoch, Afterwards),
+    await_commit: &mut AwaitCommit<'_>,
 ) -> Result<PauseParts, CheckpointError> {
-    let (staged, pause) = take(machine, parts, link, epoch, afterwards)?;
+    ready(parts, link)?;
+    // Before the pause, where that pays: pages are copied whose dirty bits were cleared first. They are part of this epoch, whatever happens.
+    let early = parts.capture.precopy(machine, &parts.arena)?;
+    let (captured, pause) = stage(machine, parts, early, epoch, afterwards)?;
+    let staged = captured.finish(parts)?;
+    let pages = staged.pages.len();
+    link.check_size(epoch, staged.weight())?;
     // 8, 9. Encode and send, on the link's own thread.
     link.send(staged)?;
+    // 7, late: with `stop-and-copy` the guest has waited until here, and waits for the commit.
+    if pause.waits() {
+        await_commit(epoch);
+    }
+    let pause = pause.end()?;
+    parts.metrics.paused(&pause, pages);
     Ok(pause)
 }
 
-/// The same for the checkpoint that ends a base which was begun on `link`.
+/// The same for the checkpoint that ends a base which was begun on `link`. Its commit is never waited for: what comes before it on the link takes long,
+/// and nothing is held for it.
 ///
 /// # Errors
 /// As [`checkpoint`].
@@ -143,27 +192,21 @@ pub fn checkpoint_base(
     epoch: Epoch,
     afterwards: Afterwards,
 ) -> Result<(), CheckpointError> {
-    let (staged, _) = take(machine, parts, link, epoch, afterwards)?;
+    ready(parts, link)?;
+    let (captured, pause) = stage(machine, parts, None, epoch, afterwards)?;
+    let pause = pause.end()?;
+    let staged = captured.finish(parts)?;
+    parts.metrics.paused(&pause, staged.pages.len());
+    link.check_size(epoch, staged.weight())?;
     link.end_base(staged)
 }
 
-/// Step 1, then [`stage`].
-fn take(
-    machine: &mut dyn Machine,
-    parts: &EpochParts,
-    link: &Link,
-    epoch: Epoch,
-    afterwards: Afterwards,
-) -> Result<(StagedCheckpoint, PauseParts), CheckpointError> {
-    // 1. The epoch may end only while what is in flight is within its limits, and while the disks' record is whole.
+/// 1. The epoch may end only while what is in flight is within its limits, and while the disks' record is whole.
+fn ready(parts: &EpochParts, link: &Link) -> Result<(), CheckpointError> {
     if let Some(failure) = parts.disks.take_failure() {
         return Err(failure.into());
     }
-    link.wait_for_room(&parts.arena)?;
-    let (staged, pause) = stage(machine, parts, epoch, afterwards)?;
-    parts.metrics.paused(&pause, staged.pages.len());
-    link.check_size(epoch, staged.pages.bytes().len() + staged.disk.weight())?;
-    Ok((staged, pause))
+    link.wait_for_room(&parts.arena)
 }
 
 /// How long each part of a pause took.
@@ -179,16 +222,17 @@ pub struct PauseParts {
     pub whole: Duration,
 }
 
-/// Steps 2 to 7: everything that happens while the guest is paused.
+/// Steps 2 to 7: everything that happens while the guest is paused. `early`: what was copied before.
 ///
 /// # Errors
 /// As [`checkpoint`].
-pub fn stage(
-    machine: &mut dyn Machine,
+pub fn stage<'m>(
+    machine: &'m mut dyn Machine,
     parts: &EpochParts,
+    early: Option<Precopied>,
     epoch: Epoch,
     afterwards: Afterwards,
-) -> Result<(StagedCheckpoint, PauseParts), CheckpointError> {
+) -> Result<(Captured, Pause<'m>), CheckpointError> {
     // 2. Stop the vCPUs exactly, quiesce devices, drain interrupts.
     failpoint!(EpochStop => return Err(PauseError::Stuck { vcpu: 0, waited: Duration::ZERO }.into()));
     let mut paused = PausedVm::pause(machine)?;
@@ -209,25 +253,72 @@ pub fn stage(
     // 5. Which pages were written, by the guest and by us; and those that are written in most epochs, whether they were in this one or not.
     let dirty = paused.take_dirty()?;
     failpoint!(EpochDirty => return Err(NotRam { page: vmm::PageNo(u64::MAX) }.into()));
-    // 6. Copy them out; from here on nothing refers to guest memory.
+    // 6. Copy them out, or protect them so that they are copied before they change. What is of an epoch is safe from the guest now.
     let staging = Instant::now();
-    let pages = parts.arena.stage(paused.ram(), &dirty)?;
+    let runs_on = afterwards == Afterwards::RunsOn;
+    let copying = parts.capture.copy(&paused, &parts.arena, dirty, early, runs_on)?;
     if parts.ram_digest {
         sections.push(digest_section(paused.ram())?);
     }
     sections.extend(parts.verifier.section(epoch, paused.ram())?);
     let stage = staging.elapsed();
     failpoint!(EpochStaged => return Err(RunError::Ended("a failpoint says so".into()).into()));
-    // 7. The guest runs on. What follows happens beside it.
-    let machine = match afterwards {
-        Afterwards::RunsOn => paused.resume()?,
-        Afterwards::StaysStopped => paused.stay_stopped(),
+    // 7. The guest runs on, or waits for the commit. What follows happens beside it.
+    let (machine, stopped) = match (afterwards, parts.capture.runs_on()) {
+        (Afterwards::RunsOn, RunsOn::AtOnce) => (paused.resume()?, None),
+        (Afterwards::RunsOn, RunsOn::WhenCommitted) => (PauseTimings::default(), Some(paused)),
+        (Afterwards::StaysStopped, _) => (paused.stay_stopped(), None),
     };
     let resumed = Instant::now();
     failpoint!(EpochResumed => return Err(CheckpointError::LinkLost));
     sections.push(held_section(&held));
     let pause = PauseParts { machine, seal, stage, whole: resumed - began };
-    Ok((StagedCheckpoint { epoch, pages, sections, disk, dirty, resumed }, pause))
+    Ok((Captured { epoch, copying, sections, disk, resumed }, Pause { began, parts: pause, stopped }))
+}
+
+impl Captured {
+    /// 6, the rest: pages that were protected in the pause are copied. From here on nothing refers to guest memory.
+    ///
+    /// # Errors
+    /// See [`CopyError`]: the guest may write everything, and the dirty set went back to the ledger.
+    pub fn finish(self, parts: &EpochParts) -> Result<StagedCheckpoint, CopyError> {
+        let Self { epoch, copying, sections, disk, resumed } = self;
+        let (pages, dirty) = parts.capture.finish(copying)?;
+        Ok(StagedCheckpoint { epoch, pages, sections, disk, dirty, resumed })
+    }
+}
+
+impl Pause<'_> {
+    /// Whether the guest waits for the commit.
+    pub fn waits(&self) -> bool {
+        self.stopped.is_some()
+    }
+
+    /// The guest runs on, if it does not already and is to at all. Says how long each part took.
+    ///
+    /// # Errors
+    /// See [`RunError`].
+    pub fn end(mut self) -> Result<PauseParts, RunError> {
+        if let Some(paused) = self.stopped.take() {
+            self.parts.machine = paused.resume()?;
+            self.parts.whole = self.began.elapsed();
+        }
+        Ok(self.parts)
+    }
+
+    /// The guest goes on waiting when the guard is gone: whoever wanted that lets it run on.
+    pub fn keep_waiting(mut self) {
+        if let Some(paused) = self.stopped.take() {
+            paused.stay_stopped();
+        }
+    }
+}
+
+impl StagedCheckpoint {
+    /// Bytes of pages and disks.
+    fn weight(&self) -> usize {
+        self.pages.bytes().len() + self.disk.weight()
+    }
 }
 
 fn held_section(held: &HeldFrames) -> Section {

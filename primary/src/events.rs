@@ -67,6 +67,18 @@ pub enum Event<'a> {
         /// That checkpoint's epoch.
         epoch: Epoch,
     },
+    /// Link or backup cannot keep up with the guest.
+    OverloadBegan {
+        /// `link` or `backup`.
+        slow: &'a str,
+        /// What is done about it.
+        policy: &'a str,
+    },
+    /// They can again, or protection ended.
+    OverloadEnded {
+        /// How long it lasted.
+        seconds: f64,
+    },
     /// The guest ended by itself.
     GuestEnded {
         /// How.

@@ -16,6 +16,7 @@ use failover::generation::StateDir;
 use replication_proto::{Epoch, Facts, Identity, NodeName, RamLayout, Refuse, RefuseCode, SenderConfig};
 
 use crate::announce::{announce, frames};
+use crate::capture::Capture;
 use crate::clock::Clock;
 use crate::decider::{Decider, voice};
 use crate::desk::{Desk, Scene};
@@ -129,6 +130,8 @@ impl Host {
 
     /// What a checkpoint needs besides the machine.
     pub fn epoch_parts(&self) -> EpochParts {
+        let capture = Capture::new(self.config.epoch.capture, self.config.epoch.precopy);
+        self.metrics.captured(capture.status());
         EpochParts {
             gate: Arc::clone(&self.gate),
             arena: Arc::clone(&self.arena),
@@ -139,6 +142,7 @@ impl Host {
             base_share: self.config.protect.base_share.share(),
             verifier: Arc::clone(&self.verifier),
             disks: Arc::clone(&self.disks.owner),
+            capture,
         }
     }
 

@@ -4,6 +4,7 @@
 //! * [`epoch`]: **the story** of a checkpoint, from the end of an epoch to the send
 //! * [`stream`]: the data connection's pure half; the story goes on there to the commit, the release and the retirement
 //! * [`link`]: its socket and thread
+//! * [`capture`]: how pages come out of the guest: before the pause, in it, after it; and when the guest runs on
 //! * [`staging`]: buffers that own a checkpoint once the guest runs on
 //! * [`output`]: the gate that holds what the guest says until its epoch is committed
 //! * [`announce`]: the LAN learns where the guest is
@@ -22,6 +23,7 @@ pub mod alone;
 pub mod announce;
 pub mod attention;
 pub mod bulk;
+pub mod capture;
 pub mod clock;
 pub mod contention;
 pub mod decider;
@@ -47,4 +49,5 @@ pub mod silent;
 pub mod staging;
 pub mod start;
 pub mod stream;
+pub mod tcp_info;
 pub mod verify;

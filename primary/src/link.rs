@@ -3,7 +3,7 @@
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -18,8 +18,10 @@ use crate::epoch::{CheckpointError, ROOM_PATIENCE, StagedCheckpoint};
 use crate::metrics::Metrics;
 use crate::output::Gate;
 use crate::output::bell::Bell;
+use crate::pacer::Reading;
 use crate::staging::{Arena, StagedPages};
 use crate::stream::{Stream, StreamEvent};
+use crate::tcp_info::tcp_info;
 
 const SOCKET: Token = Token(0);
 const WAKE: Token = Token(1);
@@ -87,6 +89,9 @@ pub struct Link {
     shared: Arc<Shared>,
     answers: Receiver<PiecesWanted>,
     limits: LinkLimits,
+    /// The same socket, to ask the kernel about it.
+    socket: Arc<TcpStream>,
+    metrics: Arc<Metrics>,
 }
 
 #[derive(Default)]
@@ -94,6 +99,8 @@ struct Shared {
     in_flight: Mutex<InFlight>,
     freed: Condvar,
     closed: AtomicBool,
+    /// Bytes that are encoded and that the socket has not taken.
+    encoded: AtomicUsize,
     /// The epoch that inbound frames belong to.
     running: AtomicU64,
     /// We want no more of this connection, whatever still waits to be sent.
@@ -126,6 +133,7 @@ impl Link {
         socket.set_nodelay(true)?;
         // Data that the peer's kernel does not acknowledge for this long will not arrive: heartbeats alone would hide it.
         rustix::net::sockopt::set_tcp_user_timeout(&socket, UNACKNOWLEDGED_MS)?;
+        let asked = Arc::new(socket.try_clone()?);
         let mut socket = mio::net::TcpStream::from_std(socket);
         let poll = Poll::new()?;
         poll.registry().register(&mut socket, SOCKET, Interest::READABLE | Interest::WRITABLE)?;
@@ -134,6 +142,7 @@ impl Link {
         let shared = Arc::new(Shared::default());
         let (answered, answers) = unbounded();
         let bell = Arc::clone(gate.bell());
+        let counted = Arc::clone(&metrics);
         let thread = LinkThread {
             socket,
             poll,
@@ -148,7 +157,21 @@ impl Link {
             tell: Box::new(tell),
         };
         let handle = std::thread::Builder::new().name("ft-link".into()).spawn(move || thread.run())?;
-        Ok((Self { commands, waker, shared, answers, limits }, handle))
+        Ok((Self { commands, waker, shared, answers, limits, socket: asked, metrics: counted }, handle))
+    }
+
+    /// How far the connection is with what it was given.
+    pub fn reading(&self, arena: &Arena) -> Reading {
+        // Without an answer nothing is known of the kernel's part; what waits on this side is seen all the same.
+        let kernel = tcp_info(&*self.socket).unwrap_or_default();
+        let here = self.shared.encoded.load(Ordering::Relaxed) + arena.in_flight();
+        Reading {
+            sent_bytes: self.metrics.wire_bytes.load(Ordering::Relaxed),
+            unsent_bytes: here + usize::try_from(kernel.not_sent).unwrap_or(0),
+            on_its_way: kernel.unacked > 0,
+            busy: kernel.busy,
+            unread: kernel.window_closed,
+        }
     }
 
     /// Most checkpoints sent and not acknowledged.
@@ -291,8 +314,13 @@ impl Link {
         self.waker.wake().ok();
     }
 
+    /// Whether the connection stands.
+    pub fn is_open(&self) -> bool {
+        !self.shared.closed.load(Ordering::Acquire)
+    }
+
     fn check_open(&self) -> Result<(), CheckpointError> {
-        if self.shared.closed.load(Ordering::Acquire) { Err(CheckpointError::LinkLost) } else { Ok(()) }
+        if self.is_open() { Ok(()) } else { Err(CheckpointError::LinkLost) }
     }
 
     fn command(&self, command: Command) -> Result<(), CheckpointError> {
@@ -345,6 +373,8 @@ impl LinkThread {
             // Acknowledgements first: outputs wait for them.
             self.receive(&mut buffer)?;
             let all_sent = self.transmit()?;
+            let encoded = self.stream.queued_bytes() + self.writing.len();
+            self.shared.encoded.store(encoded, Ordering::Relaxed);
             if self.shared.abandoned.load(Ordering::Acquire) || (self.closing && all_sent) {
                 return Ok(LinkEnd::Closed);
             }

@@ -90,7 +90,7 @@ fn start_runner(
 ) -> anyhow::Result<Runner> {
     let parts = host.epoch_parts();
     let tell = tell.clone();
-    let runner = Runner::start(machine, parts, Epoch(0), host.config.epoch.pace, host.clock.clone(), move |event| {
+    let runner = Runner::start(machine, parts, Epoch(0), (&host.config).into(), host.clock.clone(), move |event| {
         // The owner may have ended.
         tell.send(OwnerEvent::Runner(event)).ok();
     });

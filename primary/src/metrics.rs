@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use failover::status::{Counters, PacingStatus, Status, StatusBoard, Timing};
+use failover::status::{CaptureStatus, Counters, OverloadStatus, PacingStatus, Status, StatusBoard, Timing};
 use replication_proto::Epoch;
 
 use crate::epoch::PauseParts;
@@ -23,6 +23,8 @@ pub struct Metrics {
     last_dirty_pages: AtomicU64,
     base: Mutex<Option<Base>>,
     pacing: Mutex<Option<PacingStatus>>,
+    overload: Mutex<OverloadStatus>,
+    capture: Mutex<CaptureStatus>,
 }
 
 /// A base that is being copied.
@@ -44,6 +46,8 @@ impl Metrics {
             last_dirty_pages: AtomicU64::new(0),
             base: Mutex::default(),
             pacing: Mutex::default(),
+            overload: Mutex::default(),
+            capture: Mutex::default(),
         }
     }
 
@@ -112,6 +116,28 @@ impl Metrics {
         if let Some(pacing) = &*self.pacing.lock().unwrap_or_else(PoisonError::into_inner) {
             status.pacing = pacing.clone();
         }
+    }
+
+    /// Whether link and backup keep up. Overloads are counted here.
+    pub fn pressed(&self, now: OverloadStatus) {
+        let mut shown = self.overload.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = shown.count + u64::from(now.overloaded && !shown.overloaded);
+        *shown = OverloadStatus { count, ..now };
+    }
+
+    /// Writes into a status whether they do.
+    pub fn fill_overload(&self, status: &mut Status) {
+        status.overload = self.overload.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    }
+
+    /// How pages come out of the guest.
+    pub fn captured(&self, capture: CaptureStatus) {
+        *self.capture.lock().unwrap_or_else(PoisonError::into_inner) = capture;
+    }
+
+    /// Writes into a status how pages come out of the guest.
+    pub fn fill_capture(&self, status: &mut Status) {
+        status.capture.clone_from(&self.capture.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
     /// Writes the counters into a status.

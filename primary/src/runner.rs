@@ -8,18 +8,19 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crossbeam::channel::{Receiver, Sender, TryRecvError, bounded, select, unbounded};
-use failover::config::EpochPace;
+use failover::status::OverloadStatus;
 use failover::{RunPermit, failpoint};
 use replication_proto::{Epoch, Standing};
 use vmm::machine::{DirtyError, PauseError, RunError};
-use vmm::{Machine, PausedVm, Tracking};
+use vmm::{Machine, PausedVm, Throttle, Tracking};
 
 use crate::bulk;
+use crate::capture::hold::await_commit;
 use crate::clock::Clock;
 use crate::contention::Vcpus;
 use crate::epoch::{Afterwards, CheckpointError, EpochParts, checkpoint};
 use crate::link::Link;
-use crate::pacer::{Look, Next as Pace, Pacer, Taken};
+use crate::pacer::{Look, Next as Pace, Pacer, Rules, Slow, Taken, Turn};
 use crate::silent::SilentTaps;
 
 /// What the runner tells its owner.
@@ -34,6 +35,8 @@ pub enum RunnerEvent {
         /// When the guest began to be stopped.
         since: Duration,
     },
+    /// Link or backup cannot keep up with the guest, or can again.
+    Overload(Turn),
     /// Protection cannot go on; the runner has left it.
     ProtectionFailed(CheckpointError),
     /// The machine itself failed.
@@ -72,7 +75,7 @@ impl Runner {
         machine: Box<dyn Machine>,
         parts: EpochParts,
         last: Epoch,
-        pace: EpochPace,
+        rules: Rules,
         clock: Clock,
         tell: impl Fn(RunnerEvent) + Send + 'static,
     ) -> io::Result<Self> {
@@ -81,7 +84,7 @@ impl Runner {
         let state = RunnerThread {
             machine,
             parts,
-            pace,
+            rules,
             clock,
             tell: Box::new(tell),
             commands: inbox,
@@ -169,7 +172,7 @@ impl Runner {
 struct RunnerThread {
     machine: Box<dyn Machine>,
     parts: EpochParts,
-    pace: EpochPace,
+    rules: Rules,
     clock: Clock,
     tell: Box<dyn Fn(RunnerEvent) + Send>,
     commands: Receiver<Command>,
@@ -185,7 +188,7 @@ struct RunnerThread {
     late: Option<SilentTaps>,
 }
 
-/// How often the pacer's figures are shown.
+/// How often the pacer looks whether link and backup keep up, and its figures are shown.
 const SHOWN_INTERVAL: Duration = Duration::from_millis(100);
 
 /// What ended the wait for the end of an epoch.
@@ -196,6 +199,8 @@ enum Woken {
     Ordered(Command),
     /// Nobody gives orders any more.
     Gone,
+    /// Link or backup could not keep up for too long.
+    Overloaded(Slow, Duration),
 }
 
 /// What became of a protected stretch.
@@ -253,8 +258,10 @@ impl RunnerThread {
                 (self.tell)(RunnerEvent::BaseSent(first));
                 link.epoch_begins(first.next());
                 self.parts.mirror.attach(link.clone());
-                let next = self.epochs(link, first);
+                let mut pacer = Pacer::new(self.rules, link.epochs_in_flight_most(), first, self.clock.now());
+                let next = self.epochs(link, &mut pacer);
                 self.parts.mirror.detach();
+                self.relieve(&pacer);
                 next
             }
             Err(error) => self.failed(link, error),
@@ -266,12 +273,11 @@ impl RunnerThread {
         next
     }
 
-    fn epochs(&mut self, link: &Link, base: Epoch) -> Next {
-        let mut pacer = Pacer::new(self.pace, link.epochs_in_flight_most(), base, self.clock.now());
+    fn epochs(&mut self, link: &Link, pacer: &mut Pacer) -> Next {
         let vcpus = if pacer.wants_ran() { Vcpus::find() } else { Vcpus::default() };
         let mut shown_at = None;
         loop {
-            let afterwards = match self.await_end(&mut pacer, &vcpus, &mut shown_at) {
+            let afterwards = match self.await_end(link, pacer, &vcpus, &mut shown_at) {
                 Woken::Due => Afterwards::RunsOn,
                 Woken::Ordered(Command::Final) => Afterwards::StaysStopped,
                 Woken::Ordered(Command::Pause { done }) => {
@@ -283,13 +289,18 @@ impl RunnerThread {
                     return self.carry_out(command);
                 }
                 Woken::Gone => return Next::ShutDown,
+                Woken::Overloaded(slow, lasted) => {
+                    return self.failed(link, CheckpointError::Overloaded { slow, lasted });
+                }
             };
             let since = self.clock.now();
             let waited_since = self.parts.gate.bell().waits_since();
             let epoch = self.last.next();
             self.use_epoch(epoch);
             link.epoch_begins(epoch.next());
-            let pause = match checkpoint(&mut *self.machine, &self.parts, link, epoch, afterwards) {
+            let (bell, orders) = (self.parts.gate.bell(), &self.commands);
+            let mut commit = |epoch| await_commit(epoch, bell, orders, || link.is_open());
+            let pause = match checkpoint(&mut *self.machine, &self.parts, link, (epoch, afterwards), &mut commit) {
                 Ok(pause) => pause.whole,
                 // The guest ended by itself and its machine says so. The backup must not see the link go before the record says *stopped*.
                 Err(CheckpointError::Pause(PauseError::Ended(_))) => return self.stopped_with_link(link),
@@ -311,7 +322,7 @@ impl RunnerThread {
     }
 
     /// Waits until the epoch shall end, or an order comes.
-    fn await_end(&self, pacer: &mut Pacer, vcpus: &Vcpus, shown_at: &mut Option<Duration>) -> Woken {
+    fn await_end(&mut self, link: &Link, pacer: &mut Pacer, vcpus: &Vcpus, shown_at: &mut Option<Duration>) -> Woken {
         let bell = Arc::clone(self.parts.gate.bell());
         loop {
             match self.commands.try_recv() {
@@ -324,9 +335,14 @@ impl RunnerThread {
             if shown_at.is_none_or(|at| now.saturating_sub(at) >= SHOWN_INTERVAL) {
                 *shown_at = Some(now);
                 self.parts.metrics.paced(pacer.status());
+                self.parts.metrics.captured(self.parts.capture.status());
+                if let Some((slow, lasted)) = self.judge(link, pacer, now) {
+                    return Woken::Overloaded(slow, lasted);
+                }
             }
             let asked = self.parts.verifier.wants_epochs() || self.parts.disks.wants_checkpoint();
-            let look = Look { now, waiting_since: bell.waits_since(), ran: vcpus.ran(), asked };
+            let full = !self.parts.arena.wait_for_room(Duration::ZERO);
+            let look = Look { now, waiting_since: bell.waits_since(), ran: vcpus.ran(), asked, full };
             let until = match pacer.look(&look) {
                 Pace::End => return Woken::Due,
                 Pace::Look(at) => self.clock.instant(at.max(now)),
@@ -336,6 +352,34 @@ impl RunnerThread {
                 recv(bell.heard()) -> _ => {}
                 default(until.saturating_duration_since(std::time::Instant::now())) => {}
             }
+        }
+    }
+
+    /// Looks whether link and backup keep up, and does what the pacer says about it. `Some`: protection is to end.
+    fn judge(&mut self, link: &Link, pacer: &mut Pacer, now: Duration) -> Option<(Slow, Duration)> {
+        let judged = pacer.judge(&link.reading(&self.parts.arena), now);
+        if let Some(throttle) = judged.throttle {
+            self.throttle(throttle);
+        }
+        if let Some(turn) = judged.turn {
+            (self.tell)(RunnerEvent::Overload(turn));
+        }
+        self.parts.metrics.pressed(pacer.overload_status(now));
+        judged.give_up
+    }
+
+    /// Protection ends: whatever could not keep up is no matter any more.
+    fn relieve(&mut self, pacer: &Pacer) {
+        self.throttle(Throttle::NONE);
+        if let Some((_, since)) = pacer.overloaded() {
+            (self.tell)(RunnerEvent::Overload(Turn::Ended(self.clock.now().saturating_sub(since))));
+        }
+        self.parts.metrics.pressed(OverloadStatus::configured(self.rules.overload.policy));
+    }
+
+    fn throttle(&mut self, throttle: Throttle) {
+        if let Err(error) = self.machine.throttle(throttle) {
+            log::error!("{error}: {}", error.0);
         }
     }
 

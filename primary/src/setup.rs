@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
 use failover::arbiter::{ArbiterError, ArbiterThread, ConfiguredArbiter, NodeRef};
-use failover::config::{ConfigError, Console, MachineKind, PairConfig};
+use failover::config::{CaptureStrategy, ConfigError, Console, MachineKind, PairConfig};
 use failover::control::ControlError;
 use failover::decide::{CoreConfig, Role};
 use failover::exit::ExitCode;
@@ -14,6 +14,7 @@ use failover::status::{Labels, NodeRole, StatusBoard};
 use replication_proto::{Facts, Incarnation, NodeName, PageIndex, PageRange, RamLayout};
 use vmm::config::{DiskConfig, MachineConfig, MachineIo, NicConfig};
 use vmm::machine::BootError;
+use vmm::write_protect::{WriteProtect, WriteProtectError};
 use vmm::{BuildError, FramePort, KvmMachine, Machine, ModelBuildError, ModelMachine, Tap, TapError};
 
 use crate::clock::Clock;
@@ -69,6 +70,9 @@ pub enum SetupError {
     /// The control socket.
     #[error(transparent)]
     Control(#[from] ControlError),
+    /// The capture strategy.
+    #[error("[epoch] capture = \"copy-on-write\" cannot work on this host: {0}; \"auto\" does without where it must")]
+    Capture(#[from] WriteProtectError),
     /// A listening address.
     #[error("cannot listen on {address}: {source}")]
     Listen {
@@ -91,7 +95,7 @@ impl SetupError {
     /// The number that the process ends with.
     pub fn exit_code(&self) -> ExitCode {
         match self {
-            Self::Config(_) | Self::NoKernel => ExitCode::Config,
+            Self::Config(_) | Self::NoKernel | Self::Capture(_) => ExitCode::Config,
             Self::State(error) => error.exit_code(),
             Self::Control(error) => error.exit_code(),
             Self::Disk(error) => error.exit_code(),
@@ -167,6 +171,9 @@ impl Process {
 /// See [`SetupError`].
 pub fn build_machine(config: &PairConfig, process: &Process) -> Result<Built, SetupError> {
     let node = config.node(&process.node).expect("picked from this configuration");
+    if config.epoch.capture == CaptureStrategy::CopyOnWrite {
+        WriteProtect::probe()?;
+    }
     let metrics = Arc::new(Metrics::new(process.board.clone()));
     let tap = Arc::new(Tap::open(&node.tap)?);
     let (console, console_input) = open_console(&console_name(&node.console()))?;

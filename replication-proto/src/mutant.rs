@@ -62,11 +62,17 @@ pub enum Mutant {
     BaseBeforeImage,
     /// What a returning side changed itself is not looked at.
     ReturnersBitsIgnored,
+    /// A page that was copied before the pause and written again is not copied again.
+    PrecopiedPageKept,
+    /// The pages that were copied before the pause are retired when they were copied.
+    PrecopyRetired,
+    /// A write-protected page may be written before it was copied.
+    WrittenBeforeCopied,
 }
 
 impl Mutant {
     /// Every one of them.
-    pub const ALL: [Self; 29] = [
+    pub const ALL: [Self; 32] = [
         Self::SoloWithoutCas,
         Self::TakeoverWithoutCas,
         Self::RecordWithoutIncarnation,
@@ -96,6 +102,9 @@ impl Mutant {
         Self::BitAfterWrite,
         Self::BaseBeforeImage,
         Self::ReturnersBitsIgnored,
+        Self::PrecopiedPageKept,
+        Self::PrecopyRetired,
+        Self::WrittenBeforeCopied,
     ];
 }
 

@@ -66,6 +66,6 @@ fn linux_reaches_init_and_echoes() {
             }
         }
     }
-    let echo = say(frames, Arc::new(host_end), 7, "is anybody there?", PATIENCE).expect("an echo over virtio-net");
-    assert_eq!(echo, "is anybody there?");
+    let echo = say(frames, Arc::new(host_end), 7, &["is anybody there?"], PATIENCE).expect("an echo over virtio-net");
+    assert_eq!(echo, ["is anybody there?"]);
 }

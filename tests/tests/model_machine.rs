@@ -15,7 +15,7 @@ use tests::real::rng::Rng;
 use vmm::machine::{PauseError, RestoreError, RunError};
 use vmm::{
     ClockPolicy, FramePort, Machine, MachineConfig, MachineEvent, MachineIo, ModelBuildError, ModelMachine, NicConfig,
-    Outputs, PausedVm, Section, SectionKind, SocketPort, Tracking,
+    Outputs, PausedVm, Section, SectionKind, SocketPort, Throttle, Tracking,
 };
 
 /// How long anything may take that takes milliseconds.
@@ -119,6 +119,32 @@ fn checkpoints_miss_nothing_and_a_connection_survives_every_restore() {
     println!("{count} checkpoints, {} restores, {pages} pages, {answers} answers", count / 10);
     assert!(answers > count / 10, "the guest served {answers} requests in {count} checkpoints");
     assert!(pages > 0);
+}
+
+/// A slowed guest writes less in the same time, stops at once although it rests for most of its time, and is as fast as before afterwards.
+#[test]
+fn a_throttled_guest_writes_less_and_stops_at_once() {
+    let (outside, _frames, _cable) = Outside::new();
+    let mut machine = outside.boot(&config("dirty=5000,500"));
+    let mut written = |throttle: Throttle| {
+        machine.throttle(throttle).expect("it can be slowed");
+        let (mut pages, mut stops) = (0, Vec::new());
+        for _ in 0..10 {
+            std::thread::sleep(Duration::from_millis(20));
+            let began = Instant::now();
+            let mut paused = PausedVm::pause(&mut machine).expect("the guest stops");
+            stops.push(began.elapsed());
+            let dirty = paused.take_dirty().expect("the log can be read");
+            pages += dirty.len();
+            dirty.retire();
+        }
+        stops.sort_unstable();
+        (pages, stops[stops.len() / 2])
+    };
+    written(Throttle::NONE);
+    let (free, slowed, again) = (written(Throttle::NONE).0, written(Throttle::percent(95)), written(Throttle::NONE).0);
+    assert!(slowed.0 < free / 3 && slowed.0 < again / 3, "{free}, {slowed:?}, {again}");
+    assert!(slowed.1 < Duration::from_millis(5), "a stop waits for the end of a rest: {slowed:?}");
 }
 
 /// A stopped machine neither writes nor speaks, and time does not pass for its guest; while it runs, all three.

@@ -270,7 +270,7 @@ struct Pair {
 impl Pair {
     fn new(cmdline: &str) -> Self {
         let program = program(cmdline);
-        let (ledger, shadow) = (DirtyLedger::new(program.ram()), Shadow::zeroed(program.ram()));
+        let (ledger, shadow) = (DirtyLedger::new(), Shadow::zeroed(program.ram()));
         let committed = program.capture();
         Self { cmdline: cmdline.into(), program, ledger, shadow, committed, held: Vec::new(), offset: 0 }
     }
@@ -299,7 +299,7 @@ impl Pair {
         self.shadow.write_to(self.program.ram());
         self.program.restore(&self.committed).expect("an equal machine");
         assert_eq!(self.program.capture(), self.committed);
-        self.ledger = DirtyLedger::new(self.program.ram());
+        self.ledger = DirtyLedger::new();
         self.program.take_dirty(&self.ledger).retire();
         self.held.clear();
         self.offset = now - self.program.now();
@@ -489,7 +489,7 @@ fn no_contents_of_ram_panic() {
     let mut shadow = Shadow::zeroed(healthy.ram());
     shadow.copy_all(healthy.ram());
     let used: Vec<PageNo> = {
-        let ledger = DirtyLedger::new(healthy.ram());
+        let ledger = DirtyLedger::new();
         let dirty = healthy.take_dirty(&ledger);
         let pages = dirty.iter().collect();
         dirty.retire();
@@ -606,7 +606,7 @@ fn no_segment_panics_and_service_goes_on() {
 #[test]
 fn load_and_beacon_keep_their_rates() {
     let mut program = program("dirty=1000,100 beacon=50");
-    let ledger = DirtyLedger::new(program.ram());
+    let ledger = DirtyLedger::new();
     let (mut now, mut frames, mut touched) = (0, 0, 0);
     while now < 10 * SECOND {
         let step = program.step(now, &[]);

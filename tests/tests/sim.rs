@@ -2,7 +2,10 @@
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
+use failover::config::Overload;
+use primary::pacer::OverloadRules;
 use tests::check::Seen;
 use tests::world::{Outcome, Plan, World, twice};
 
@@ -39,6 +42,22 @@ fn a_million_epochs_with_faults() {
     } = seen;
     let counts = [commits, bases, released, answers, takeovers, boots, fenced, solos, protections, refusals, rejoins];
     assert!(counts.iter().all(|count| *count >= 10), "{counts:?}");
+}
+
+/// Where the link is too narrow for its guest: memory stays bounded and protection returns, whatever is done about it.
+#[test]
+fn narrow_links_under_each_policy() {
+    for policy in [Overload::Lengthen, Overload::Throttle, Overload::Drop] {
+        let live = |seed| {
+            let plan = Plan { link_rate: 20_000 + seed * 5_000, length: 10_000_000_000, ..Plan::draw(7_000 + seed) };
+            let overload = OverloadRules { policy, patience: Duration::from_secs(1), ..plan.overload };
+            (seed < 24).then(|| World::live(Plan { overload, ..plan }, false))
+        };
+        let seen = swarm(live, |_| false);
+        println!("{policy:?}: {seen:?}");
+        assert!(seen.overloads >= 10 && seen.answers > 100, "{policy:?}: {seen:?}");
+        assert_eq!((seen.throttles > 10, seen.dropped >= 5), (policy == Overload::Throttle, policy == Overload::Drop));
+    }
 }
 
 #[test]

@@ -7,12 +7,15 @@
 //!
 //! A page becomes hot when it was written in three epochs in a row. Nothing tells whether a hot page is still written, so each is put on trial now and
 //! then: its bit is cleared, and it stays hot if it is written in the next epoch.
+//!
+//! Pages that are copied before the pause have their bits cleared while the guest runs. Those that are hot, on trial or about to become hot are left out
+//! of that: they will be written again before the pause, and clearing their bits would make them cold. What was cleared counts as written in the
+//! epoch.
+
+use crate::page_bits::PageBits;
 
 /// Every hot page is on trial in one of so many epochs.
-const TRIAL_EVERY: usize = 16;
-
-/// One bit a page: words for each region of RAM, low bit first.
-pub type PageBits = Vec<Vec<u64>>;
+const TRIAL_EVERY: u64 = 16;
 
 /// What a host does about its log of dirty pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -29,56 +32,92 @@ pub enum Tracking {
 /// Which pages are hot. Pure: logs in, bits to be cleared out.
 #[derive(Clone, Debug, Default)]
 pub struct HotPages {
-    regions: Vec<Vec<Heat>>,
-    taken: usize,
+    /// Words of which something is known, ascending by their numbers.
+    heats: Vec<(u64, Heat)>,
+    /// Where the next list is made.
+    next: Vec<(u64, Heat)>,
+    taken: u64,
 }
 
 /// What is known of 64 pages.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Heat {
     /// Named by the log one and two sets ago.
     before: [u64; 2],
     hot: u64,
     /// Hot until the last set, which cleared their bits.
     trial: u64,
+    /// Taken out of the log since the last set, while the guest ran.
+    early: u64,
 }
 
 impl HotPages {
     /// The log as it is when an epoch ends. Returns the bits that are to be cleared in it, before any page of the set is copied.
     pub fn settle(&mut self, log: &PageBits) -> PageBits {
-        if self.regions.len() != log.len() {
-            self.regions = log.iter().map(|words| vec![Heat::default(); words.len()]).collect();
-        }
         let taken = self.taken;
-        self.taken = self.taken.wrapping_add(1);
-        let settle =
-            |(at, (heat, log)): (usize, (&mut Heat, &u64))| heat.settle(*log, (at + taken).is_multiple_of(TRIAL_EVERY));
-        let region =
-            |(heat, log): (&mut Vec<Heat>, &Vec<u64>)| heat.iter_mut().zip(log).enumerate().map(settle).collect();
-        self.regions.iter_mut().zip(log).map(region).collect()
+        self.taken = taken.wrapping_add(1);
+        self.look(log, |number, heat, bits| heat.settle(bits, number.wrapping_add(taken).is_multiple_of(TRIAL_EVERY)))
+    }
+
+    /// The log as it is while the guest runs. Returns those of its bits that may be cleared before the epoch ends, because their pages are not likely
+    /// to be written again in it.
+    pub fn cold(&mut self, log: &PageBits) -> PageBits {
+        self.look(log, |_, heat, bits| heat.cold(bits))
+    }
+
+    /// Looks at every word of which something is known, or which the log has, and collects what comes of it.
+    fn look(&mut self, log: &PageBits, mut each: impl FnMut(u64, &mut Heat, u64) -> u64) -> PageBits {
+        let mut found = PageBits::default();
+        self.next.clear();
+        let (mut known, mut named) = (self.heats.iter().peekable(), log.words().iter().peekable());
+        loop {
+            let number = match (known.peek(), named.peek()) {
+                (Some((k, _)), Some((n, _))) => *k.min(n),
+                (Some((k, _)), None) => *k,
+                (None, Some((n, _))) => *n,
+                (None, None) => break,
+            };
+            let mut heat = known.next_if(|(at, _)| *at == number).map_or_else(Heat::default, |(_, heat)| *heat);
+            let bits = named.next_if(|(at, _)| *at == number).map_or(0, |(_, bits)| *bits);
+            found.push(number, each(number, &mut heat, bits));
+            if heat != Heat::default() {
+                self.next.push((number, heat));
+            }
+        }
+        std::mem::swap(&mut self.heats, &mut self.next);
+        found
     }
 
     /// Forgets everything: the log begins anew.
     pub fn forget(&mut self) {
-        self.regions.clear();
+        self.heats.clear();
     }
 
     /// How many pages are hot.
     #[cfg(test)]
     fn count(&self) -> usize {
-        self.regions.iter().flatten().map(|heat| heat.hot.count_ones() as usize).sum()
+        self.heats.iter().map(|(_, heat)| heat.hot.count_ones() as usize).sum()
     }
 }
 
 impl Heat {
     fn settle(&mut self, log: u64, on_trial: bool) -> u64 {
         let [one, two] = self.before;
+        let early = std::mem::take(&mut self.early);
+        let named = log | early;
         // A hot page that the log does not name had its bit cleared by somebody else.
-        let hot = (self.hot | self.trial | one & two) & log;
+        let hot = (self.hot | self.trial | one & two) & named;
         self.trial = if on_trial { hot } else { 0 };
         self.hot = hot & !self.trial;
-        self.before = [log, one];
+        self.before = [named, one];
         log & !self.hot
+    }
+
+    fn cold(&mut self, log: u64) -> u64 {
+        let [one, two] = self.before;
+        let cold = log & !(self.hot | self.trial | one & two);
+        self.early |= cold;
+        cold
     }
 }
 
@@ -104,21 +143,40 @@ impl KeptLog {
     /// What was written since the last call makes this set.
     pub fn take(&mut self, written: PageBits) -> PageBits {
         let mut set = written;
-        for (set, kept) in set.iter_mut().flatten().zip(self.bits.iter().flatten()) {
-            *set |= kept;
-        }
+        set.unite(&self.bits);
         if self.tracking == Tracking::HotPages {
-            let clear = self.hot.settle(&set);
-            self.bits = set.clone();
-            self.bits.iter_mut().flatten().zip(clear.iter().flatten()).for_each(|(kept, clear)| *kept &= !clear);
+            self.bits = set.without(&self.hot.settle(&set));
         }
         set
+    }
+
+    /// Of what was written since the last call, what is not likely to be written again before the epoch ends makes this set; the rest stays in the log.
+    pub fn take_cold(&mut self, written: PageBits) -> PageBits {
+        if self.tracking != Tracking::HotPages {
+            return self.take(written);
+        }
+        let mut log = written;
+        log.unite(&self.bits);
+        let cold = self.hot.cold(&log);
+        self.bits = log.without(&cold);
+        cold
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The set of these pages of the first word.
+    fn bits(word: u64) -> PageBits {
+        let mut bits = PageBits::default();
+        bits.push(0, word);
+        bits
+    }
+
+    fn word(bits: &PageBits) -> u64 {
+        bits.words().first().map_or(0, |(_, word)| *word)
+    }
 
     /// A log whose cleared bits come back when their page is written, as KVM's.
     #[derive(Default)]
@@ -128,9 +186,9 @@ mod tests {
         fn epoch(&mut self, hot: &mut HotPages, written: u64) -> u64 {
             self.0 |= written;
             let set = self.0;
-            let clear = hot.settle(&vec![vec![set]]);
-            assert_eq!(clear[0][0] & !set, 0, "only what the set has is cleared");
-            self.0 &= !clear[0][0];
+            let clear = word(&hot.settle(&bits(set)));
+            assert_eq!(clear & !set, 0, "only what the set has is cleared");
+            self.0 &= !clear;
             set
         }
     }
@@ -146,7 +204,7 @@ mod tests {
         assert!((10..=16).contains(&faults), "{faults} faults in 160 epochs: three to learn, one for each trial");
         assert_eq!(hot.count(), 1);
         let named = (0..40).filter(|_| log.epoch(&mut hot, 0) & 1 == 1).count();
-        assert!(named <= TRIAL_EVERY, "{named} copies of a page that is not written any more");
+        assert!(named as u64 <= TRIAL_EVERY, "{named} copies of a page that is not written any more");
         assert_eq!((hot.count(), log.0), (0, 0));
         assert_eq!([log.epoch(&mut hot, 2), log.epoch(&mut hot, 2)], [2, 2]);
         assert_eq!(hot.count(), 0, "twice is not enough");
@@ -175,6 +233,51 @@ mod tests {
         assert!(seen_hot > 20_000, "some are hot most of the time: {seen_hot}");
     }
 
+    /// A log of which a part is taken before the epoch ends: nothing is missed, hot pages stay hot, and what is taken early is learned from.
+    #[test]
+    fn what_is_taken_early_is_cold_and_counts() {
+        let mut state = 7u64;
+        let mut noise = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            state >> 24
+        };
+        let (mut log, mut hot) = (Log::default(), HotPages::default());
+        let (busy, mut seen_hot, mut seen_early) = (0xff, 0, 0);
+        for epoch in 0..20_000u32 {
+            let (before, after) = (busy & noise() | noise() & noise() & noise(), busy & noise());
+            log.0 |= before;
+            let was_hot = hot.heats.first().map_or(0, |(_, heat)| heat.hot);
+            let early = word(&hot.cold(&bits(log.0)));
+            assert_eq!((early & !log.0, early & was_hot), (0, 0), "epoch {epoch}");
+            log.0 &= !early;
+            let late = log.epoch(&mut hot, after);
+            assert_eq!((before | after) & !(early | late), 0, "epoch {epoch}");
+            seen_hot += hot.count();
+            seen_early += early.count_ones();
+        }
+        assert!(seen_hot > 20_000 && seen_early > 20_000, "{seen_hot} hot, {seen_early} early");
+        // Taken early in every epoch and never written again in it: still a page of most epochs.
+        let (mut log, mut hot) = (Log::default(), HotPages::default());
+        for _ in 0..4 {
+            log.0 |= 1;
+            log.0 &= !word(&hot.cold(&bits(log.0)));
+            log.epoch(&mut hot, 0);
+        }
+        assert_eq!(hot.count(), 1);
+    }
+
+    #[test]
+    fn a_kept_log_leaves_hot_pages_for_the_end_of_the_epoch() {
+        let mut log = KeptLog::default();
+        log.begin(Tracking::HotPages);
+        (0..4).for_each(|_| assert_eq!(word(&log.take(bits(6))), 6));
+        assert_eq!(word(&log.take_cold(bits(0b1110))), 0b1000);
+        assert_eq!(word(&log.take(bits(0))), 6);
+        log.begin(Tracking::Plain);
+        assert_eq!(word(&log.take_cold(bits(0b1110))), 0b1110);
+        assert_eq!(word(&log.take(bits(1))), 1);
+    }
+
     #[test]
     fn a_kept_log_names_hot_pages_whether_they_are_written_or_not() {
         let mut log = KeptLog::default();
@@ -182,7 +285,7 @@ mod tests {
         for (tracking, later) in [(Tracking::Plain, 0), (Tracking::HotPages, 6)] {
             log.begin(tracking);
             assert!(log.is_on());
-            let once = |log: &mut KeptLog, written| log.take(vec![vec![0, written]])[0][1];
+            let once = |log: &mut KeptLog, written| word(&log.take(bits(written)));
             (0..4).for_each(|_| assert_eq!(once(&mut log, 6), 6));
             assert_eq!(once(&mut log, 0), later);
         }

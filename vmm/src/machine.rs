@@ -11,6 +11,7 @@ use crate::hot::Tracking;
 use crate::memory::GuestRam;
 use crate::pause::Stopped;
 use crate::section::Section;
+use crate::throttle::Throttle;
 
 /// A machine: built (never run), loaded or restored, run, stopped, captured.
 ///
@@ -48,6 +49,17 @@ pub trait Machine: Send {
     /// runs: each bit is cleared before the caller can copy its page, so a page that is written during the copy is dirty again; what is not cleared is
     /// in the next set whatever happens.
     fn take_dirty(&mut self) -> Result<DirtySet, DirtyError>;
+
+    /// As [`Machine::take_dirty`] while the guest runs, before the pages of an epoch are taken for good: those that are not likely to be written again
+    /// in it. The rest stays for [`Machine::take_dirty`]. What is taken here was cleared and belongs to the epoch, whatever happens to it later.
+    fn take_cold_dirty(&mut self) -> Result<DirtySet, DirtyError>;
+
+    /// Does `work` for each piece from 0, once, and returns when all are done. Threads of the machine that stand idle because it is stopped may help, so pieces are
+    /// done in any order and at one time.
+    fn share_work(&self, pieces: usize, work: &(dyn Fn(usize) + Sync));
+
+    /// Slows the guest from now on, until it is told otherwise; a machine that does not run yet forgets it. A slowed guest stops as soon as any other.
+    fn throttle(&mut self, throttle: Throttle) -> Result<(), ThrottleError>;
 
     /// Things that happen to the guest on its own account.
     fn events(&self) -> Receiver<MachineEvent>;
@@ -209,6 +221,11 @@ pub enum RestoreError {
         source: std::io::Error,
     },
 }
+
+/// Why a guest could not be slowed: no thread could be started for it.
+#[derive(Debug, thiserror::Error)]
+#[error("the guest cannot be slowed")]
+pub struct ThrottleError(#[from] pub std::io::Error);
 
 /// Why the dirty log could not be read or switched.
 #[derive(Debug, thiserror::Error)]

@@ -4,8 +4,10 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 
 use rustix::fs::MemfdFlags;
-use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+
+use crate::own_writes::OwnWrites;
+use crate::page_bits::PageBits;
 
 /// Bytes in a page.
 pub const PAGE_SIZE: usize = 4096;
@@ -70,7 +72,7 @@ pub struct NotRam {
 }
 
 /// The memory type that devices use; each write through it is recorded in a bitmap.
-pub type TrackedMemory = GuestMemoryMmap<AtomicBitmap>;
+pub type TrackedMemory = GuestMemoryMmap<OwnWrites>;
 
 /// Guest RAM on a memfd, with a bitmap of the VMM's own writes.
 #[derive(Debug)]
@@ -145,6 +147,10 @@ impl GuestRam {
         self.regions.iter().flat_map(|r| (r.first.0..r.first.0 + r.pages).map(PageNo))
     }
 
+    fn has(&self, page: PageNo) -> bool {
+        self.regions.iter().any(|region| (region.first.0..region.first.0 + region.pages).contains(&page.0))
+    }
+
     /// Copies a page out of the guest.
     pub fn copy_out(&self, page: PageNo, into: &mut [u8; PAGE_SIZE]) -> Result<(), NotRam> {
         self.memory.read_slice(into, page.address()).map_err(|_| NotRam { page })
@@ -155,9 +161,24 @@ impl GuestRam {
         self.memory.write_slice(from, page.address()).map_err(|_| NotRam { page })
     }
 
-    /// Takes the bitmap of the VMM's own writes, one vector of words for each region, and clears it. For machines: whoever takes it owes its
-    /// pages to the next dirty set.
-    pub fn take_own_writes(&self) -> Vec<Vec<u64>> {
-        self.memory.iter().map(|region| MmapRegion::bitmap(region).get_and_reset()).collect()
+    /// Copies pages that lie one after another out of the guest: as many as `into` holds.
+    ///
+    /// # Errors
+    /// One of them is no RAM.
+    pub fn copy_out_run(&self, first: PageNo, into: &mut [[u8; PAGE_SIZE]]) -> Result<(), NotRam> {
+        let count = u64::try_from(into.len()).unwrap_or(u64::MAX);
+        self.memory.read_slice(into.as_flattened_mut(), first.address()).map_err(|_| {
+            let wrong = (first.0..first.0.saturating_add(count)).map(PageNo).find(|page| !self.has(*page));
+            NotRam { page: wrong.unwrap_or(first) }
+        })
+    }
+
+    /// Takes the pages that the VMM itself wrote. For machines: whoever takes them owes them to the next dirty set.
+    pub fn take_own_writes(&self) -> PageBits {
+        let mut written = PageBits::default();
+        for (region, stretch) in self.memory.iter().zip(&self.regions) {
+            MmapRegion::bitmap(region).take(stretch.first, &mut written);
+        }
+        written
     }
 }

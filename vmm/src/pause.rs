@@ -63,6 +63,11 @@ impl<'m> PausedVm<'m> {
         set
     }
 
+    /// Does `work` for each piece from 0; threads that stand idle in a pause may help (see [`Machine::share_work`]).
+    pub fn share_work(&self, pieces: usize, work: &(dyn Fn(usize) + Sync)) {
+        self.machine.share_work(pieces, work);
+    }
+
     /// Guest RAM, which nobody writes now.
     pub fn ram(&self) -> &GuestRam {
         self.machine.ram()

@@ -373,10 +373,9 @@ impl Waiter {
         let (tell, events) = unbounded();
         let told = tell.clone();
         let parts = host.epoch_parts();
-        let runner =
-            Runner::start(machine, parts, Epoch(0), host.config.epoch.pace, host.clock.clone(), move |event| {
-                told.send(OwnerEvent::Runner(event)).ok();
-            });
+        let runner = Runner::start(machine, parts, Epoch(0), (&host.config).into(), host.clock.clone(), move |event| {
+            told.send(OwnerEvent::Runner(event)).ok();
+        });
         let ran = runner.map_err(anyhow::Error::from).and_then(|runner| {
             host.announce_guest()?;
             runner.run(permit)?;

@@ -210,6 +210,8 @@ impl PairConfig {
         let span = format_span;
         [
             self.derived_epoch(),
+            self.derived_overload(),
+            self.derived_capture(),
             format!(
                 "heartbeats that may be lost in a row before the primary holds output: {}",
                 heartbeats.saturating_sub(1)

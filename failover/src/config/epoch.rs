@@ -12,6 +12,9 @@ use super::{PairConfig, Percent};
 pub const EPOCHS_IN_FLIGHT: u8 = 8;
 /// What it is when the file says nothing: the clock, whose rhythm does not depend on what the guest does.
 const DEFAULT_INTERVAL: Duration = Duration::from_millis(25);
+const SECOND: Duration = Duration::from_secs(1);
+/// Long enough for a burst, or for what a base leaves behind on a slow link.
+const DEFAULT_PATIENCE: Duration = Duration::from_secs(5);
 
 /// What decides when an epoch ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,6 +25,81 @@ pub enum EpochPace {
     Latency(Duration),
     /// The guest's time: pauses shall not take more of it.
     Overhead(Percent),
+}
+
+/// What is done when the link or the backup is slower than the guest writes memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Overload {
+    /// Epochs get longer, and output waits for as long.
+    #[default]
+    Lengthen,
+    /// The guest's processors are slowed until what it writes fits.
+    Throttle,
+    /// Protection ends when it lasts for [`EpochSection::overload_patience`], and is tried again as after any other loss.
+    Drop,
+}
+
+impl Overload {
+    /// The word as in the file.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Lengthen => "lengthen",
+            Self::Throttle => "throttle",
+            Self::Drop => "drop",
+        }
+    }
+}
+
+/// How the pages that an epoch dirtied come out of the guest, and when it runs on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CaptureStrategy {
+    /// Copied in the pause, sent while the guest runs.
+    #[default]
+    Postponed,
+    /// Copied in the pause, which lasts until the backup has the checkpoint.
+    StopAndCopy,
+    /// Write-protected in the pause, copied while the guest runs.
+    CopyOnWrite,
+    /// Postponed, or on write where that pays.
+    Auto,
+}
+
+impl CaptureStrategy {
+    /// As in the file.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Postponed => "postponed",
+            Self::StopAndCopy => "stop-and-copy",
+            Self::CopyOnWrite => "copy-on-write",
+            Self::Auto => "auto",
+        }
+    }
+}
+
+/// Whether pages are copied before the pause, while the guest runs.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Precopy {
+    /// Where that pays.
+    #[default]
+    Auto,
+    /// In each epoch.
+    Always,
+    /// Never.
+    Never,
+}
+
+impl Precopy {
+    /// As in the file.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Always => "always",
+            Self::Never => "never",
+        }
+    }
 }
 
 /// `[epoch]`
@@ -36,6 +114,14 @@ pub struct EpochSection {
     pub ram_digest: bool,
     /// Pages that are written in most epochs are not protected again after each, but copied in each.
     pub hot_pages: bool,
+    /// What an overload does.
+    pub overload: Overload,
+    /// For how long an overload is borne before it ends protection, if it shall.
+    pub overload_patience: Duration,
+    /// How pages come out of the guest.
+    pub capture: CaptureStrategy,
+    /// Whether pages are copied before the pause.
+    pub precopy: Precopy,
 }
 
 impl Default for EpochSection {
@@ -45,6 +131,10 @@ impl Default for EpochSection {
             in_flight: EPOCHS_IN_FLIGHT,
             ram_digest: false,
             hot_pages: true,
+            overload: Overload::default(),
+            overload_patience: DEFAULT_PATIENCE,
+            capture: CaptureStrategy::default(),
+            precopy: Precopy::default(),
         }
     }
 }
@@ -62,13 +152,29 @@ struct Lines {
     in_flight: Option<u8>,
     ram_digest: bool,
     hot_pages: Option<bool>,
+    overload: Overload,
+    #[serde(with = "units::maybe_span", skip_serializing_if = "Option::is_none")]
+    overload_patience: Option<Duration>,
+    capture: CaptureStrategy,
+    precopy: Precopy,
 }
 
 impl TryFrom<Lines> for EpochSection {
     type Error = &'static str;
 
     fn try_from(lines: Lines) -> Result<Self, Self::Error> {
-        let Lines { interval, latency, overhead, in_flight, ram_digest, hot_pages } = lines;
+        let Lines {
+            interval,
+            latency,
+            overhead,
+            in_flight,
+            ram_digest,
+            hot_pages,
+            overload,
+            overload_patience,
+            capture,
+            precopy,
+        } = lines;
         let unsaid = Self::default();
         let pace = match (interval, latency, overhead) {
             (None, None, None) => unsaid.pace,
@@ -78,14 +184,19 @@ impl TryFrom<Lines> for EpochSection {
             _ => return Err("interval, latency and overhead in one [epoch]: say one of them"),
         };
         let in_flight = in_flight.unwrap_or(unsaid.in_flight);
-        Ok(Self { pace, in_flight, ram_digest, hot_pages: hot_pages.unwrap_or(unsaid.hot_pages) })
+        let overload_patience = overload_patience.unwrap_or(unsaid.overload_patience);
+        let hot_pages = hot_pages.unwrap_or(unsaid.hot_pages);
+        Ok(Self { pace, in_flight, ram_digest, hot_pages, overload, overload_patience, capture, precopy })
     }
 }
 
 impl From<EpochSection> for Lines {
     fn from(section: EpochSection) -> Self {
-        let EpochSection { pace, in_flight, ram_digest, hot_pages } = section;
-        let mut lines = Self { in_flight: Some(in_flight), ram_digest, hot_pages: Some(hot_pages), ..Self::default() };
+        let EpochSection { pace, in_flight, ram_digest, hot_pages, overload, overload_patience, capture, precopy } =
+            section;
+        let (in_flight, hot_pages, overload_patience) = (Some(in_flight), Some(hot_pages), Some(overload_patience));
+        let said = Self { in_flight, ram_digest, hot_pages, overload, overload_patience, ..Self::default() };
+        let mut lines = Self { capture, precopy, ..said };
         match pace {
             EpochPace::Fixed(interval) => lines.interval = Some(interval),
             EpochPace::Latency(latency) => lines.latency = Some(latency),
@@ -111,7 +222,42 @@ impl PairConfig {
             let cause = format!("{} is out of bounds: 1 to {EPOCHS_IN_FLIGHT}", self.epoch.in_flight);
             return Err(wrong("epoch.in_flight", cause));
         }
-        Ok(())
+        span_within("epoch.overload_patience", self.epoch.overload_patience, SECOND, 3600 * SECOND)
+    }
+
+    pub(super) fn derived_overload(&self) -> String {
+        match self.epoch.overload {
+            Overload::Lengthen => format!(
+                "overload: epochs get longer than asked for; output that waits for more than timers.max_hold ({}) is dropped",
+                format_span(self.timers.max_hold)
+            ),
+            Overload::Throttle => "overload: the guest's processors are slowed until what it writes fits".into(),
+            Overload::Drop => format!(
+                "overload: after {} of it protection ends; tried again after timers.protect_retry, and after longer if that is soon",
+                format_span(self.epoch.overload_patience)
+            ),
+        }
+    }
+
+    pub(super) fn derived_capture(&self) -> String {
+        let how = match self.epoch.capture {
+            CaptureStrategy::Postponed => "copied in the pause, sent while the guest runs",
+            CaptureStrategy::StopAndCopy => {
+                "copied in the pause, which lasts until the backup has acknowledged the epoch"
+            }
+            CaptureStrategy::CopyOnWrite => {
+                "write-protected in the pause, copied while the guest runs (needs userfaultfd on both hosts)"
+            }
+            CaptureStrategy::Auto => {
+                "copied in the pause; large sets that the guest rewrites little are copied while it runs"
+            }
+        };
+        let before = match self.epoch.precopy {
+            Precopy::Auto => "before the pause where that makes it shorter",
+            Precopy::Always => "before each pause, too",
+            Precopy::Never => "never before the pause",
+        };
+        format!("pages: {how}; {before}")
     }
 
     pub(super) fn derived_epoch(&self) -> String {

@@ -18,7 +18,7 @@ mod etcd;
 mod units;
 
 pub use disks::{DiskName, DiskPaths, DiskSection, MAX_DISKS};
-pub use epoch::{EPOCHS_IN_FLIGHT, EpochPace, EpochSection};
+pub use epoch::{CaptureStrategy, EPOCHS_IN_FLIGHT, EpochPace, EpochSection, Overload, Precopy};
 pub use etcd::EtcdSection;
 pub use units::{format_size, format_span, parse_size, parse_span};
 

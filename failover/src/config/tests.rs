@@ -62,6 +62,22 @@ fn the_effective_configuration_reads_as_itself() {
 }
 
 #[test]
+fn an_overload_has_a_policy_and_shows_it() {
+    let cases = [
+        ("", Overload::Lengthen, "overload: epochs get longer"),
+        ("overload = \"throttle\"\n", Overload::Throttle, "processors are slowed"),
+        ("overload = \"drop\"\noverload_patience = \"7s\"\n", Overload::Drop, "after 7s of it protection ends"),
+    ];
+    for (lines, policy, told) in cases {
+        let config = parse(&format!("{GOOD}[epoch]\n{lines}")).unwrap();
+        assert_eq!(config.epoch.overload, policy);
+        assert!(config.derived().contains(told), "{}", config.derived());
+        assert!(config.effective().contains(&format!("overload = \"{}\"", policy.word())), "{}", config.effective());
+        assert_eq!(parse(&config.effective()), Ok(config.clone()), "{}", config.effective());
+    }
+}
+
+#[test]
 fn an_epoch_has_one_target_and_shows_it() {
     let pace = |lines: &str| parse(&format!("{GOOD}[epoch]\n{lines}")).map(|config| (config.epoch.pace, config));
     let ms = Duration::from_millis;
@@ -77,6 +93,31 @@ fn an_epoch_has_one_target_and_shows_it() {
         assert!(config.derived().contains(told), "{}", config.derived());
         assert_eq!(parse(&config.effective()), Ok(config.clone()), "{}", config.effective());
     }
+}
+
+#[test]
+fn a_capture_strategy_is_one_of_four_and_shown() {
+    let epoch = |lines: &str| parse(&format!("{GOOD}[epoch]\n{lines}")).map(|config| (config.epoch, config));
+    let cases = [
+        ("", CaptureStrategy::Postponed, Precopy::Auto, "pages: copied in the pause, sent while"),
+        (
+            "capture = \"stop-and-copy\"\nprecopy = \"never\"\n",
+            CaptureStrategy::StopAndCopy,
+            Precopy::Never,
+            "has acknowledged the epoch; never before the pause",
+        ),
+        ("capture = \"copy-on-write\"\n", CaptureStrategy::CopyOnWrite, Precopy::Auto, "needs userfaultfd"),
+        ("capture = \"auto\"\nprecopy = \"always\"\n", CaptureStrategy::Auto, Precopy::Always, "before each pause"),
+    ];
+    for (lines, capture, precopy, told) in cases {
+        let (epoch, config) = epoch(lines).unwrap();
+        assert_eq!((epoch.capture, epoch.precopy), (capture, precopy));
+        assert!(config.derived().contains(told), "{}", config.derived());
+        assert_eq!(parse(&config.effective()), Ok(config.clone()), "{}", config.effective());
+        assert!(config.effective().contains(&format!("capture = \"{}\"", capture.word())), "{}", config.effective());
+        assert!(config.effective().contains(&format!("precopy = \"{}\"", precopy.word())), "{}", config.effective());
+    }
+    assert!(message(&format!("{GOOD}[epoch]\ncapture = \"remus\"\n")).contains("unknown variant `remus`"));
 }
 
 #[test]
@@ -123,6 +164,8 @@ fn values_out_of_bounds_and_unsafe_timers_are_refused_with_their_key() {
         (format!("{GOOD}[epoch]\ninterval = \"0ms\"\n"), "epoch.interval: 0us is out of bounds"),
         (format!("{GOOD}[epoch]\nlatency = \"100us\"\n"), "epoch.latency: 100us is out of bounds"),
         (format!("{GOOD}[epoch]\noverhead = \"95%\"\n"), "epoch.overhead: 95% leaves the guest nothing"),
+        (format!("{GOOD}[epoch]\noverload = \"panic\"\n"), "unknown variant"),
+        (format!("{GOOD}[epoch]\noverload_patience = \"5ms\"\n"), "epoch.overload_patience: 5ms is out of bounds"),
         (format!("{GOOD}[epoch]\nin_flight = 9\n"), "epoch.in_flight: 9 is out of bounds"),
         (format!("{GOOD}[epoch]\nlatency = \"2ms\"\ninterval = \"25ms\"\n"), "say one of them"),
         (format!("{GOOD}[limits]\nstaging = \"1B\"\n"), "limits.staging"),

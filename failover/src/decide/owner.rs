@@ -64,6 +64,7 @@ impl Core {
         let reason = match loss {
             LinkLoss::PeerClosed => ReasonCode::BackupClosed,
             LinkLoss::Local => ReasonCode::BackupDropped,
+            LinkLoss::Overloaded => ReasonCode::Overloaded,
         };
         match (&self.state, loss) {
             // The stream is lost for good, but the backup may be just about to take over: the grace keeps the contest fair.

@@ -187,6 +187,8 @@ pub enum LinkLoss {
     PeerClosed,
     /// We closed it: the peer sent nonsense, or was too slow.
     Local,
+    /// We closed it because link or backup could not keep up with the guest, and the operator wants it so.
+    Overloaded,
 }
 
 /// How a guest ended by itself.

@@ -8,8 +8,8 @@ use jiff::Timestamp;
 use replication_proto::{Incarnation, NodeName};
 
 use super::{
-    ArbiterStatus, Counters, Distribution, LinkStatus, NodeRole, OutputStatus, PacingStatus, PeerStatus, SCHEMA,
-    Status, Timings,
+    ArbiterStatus, CaptureStatus, Counters, Distribution, LinkStatus, NodeRole, OutputStatus, OverloadStatus,
+    PacingStatus, PeerStatus, SCHEMA, Status, Timings,
 };
 use crate::config::{EpochPace, MachineKind, PairConfig};
 use crate::decide::{Gate, StateName, View};
@@ -130,6 +130,8 @@ impl StatusBoard {
             generation: 0,
             epoch: 0,
             pacing: PacingStatus::configured(labels.pace),
+            overload: OverloadStatus::default(),
+            capture: CaptureStatus::default(),
             lag_epochs: 0,
             lag_seconds: None,
             since: stamp(),

@@ -7,11 +7,15 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 mod board;
+mod capture;
+mod overload;
 mod pacing;
 mod prom;
 mod table;
 
 pub use board::{Labels, StatusBoard, Timing};
+pub use capture::CaptureStatus;
+pub use overload::OverloadStatus;
 pub use pacing::PacingStatus;
 
 use crate::decide::StateName;
@@ -193,6 +197,12 @@ pub struct Status {
     /// When epochs end, and how that goes.
     #[serde(default)]
     pub pacing: PacingStatus,
+    /// Whether link and backup keep up with the guest.
+    #[serde(default)]
+    pub overload: OverloadStatus,
+    /// How pages come out of the guest.
+    #[serde(default)]
+    pub capture: CaptureStatus,
     /// Epochs that are not committed yet.
     pub lag_epochs: u64,
     /// Age of the newest committed epoch.

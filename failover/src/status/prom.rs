@@ -114,6 +114,24 @@ impl Scrape {
         Ok(())
     }
 
+    fn capture(&self, e: &mut DescriptorEncoder<'_>) -> Result<(), Error> {
+        let capture = &self.0.capture;
+        let strategies = ["postponed", "stop-and-copy", "copy-on-write", "auto"];
+        let strategies = strategies.into_iter().map(|name| (name, u64::from(name == capture.strategy)));
+        labelled(e, MetricType::Gauge, "ft_capture", "How pages come out of the guest", "strategy", strategies)?;
+        let epochs = [("precopied", capture.precopied_epochs_total), ("protected", capture.protected_epochs_total)];
+        let help = "Checkpoints with pages copied before the pause, or protected in it";
+        labelled(e, MetricType::Counter, "ft_capture_epochs", help, "how", epochs.into_iter())?;
+        let pages = [
+            ("precopied", capture.precopied_pages_total),
+            ("precopied_again", capture.precopied_again_total),
+            ("protected", capture.protected_pages_total),
+            ("copied_on_write", capture.copied_on_write_total),
+        ];
+        let help = "Pages copied before a pause, again in it; protected in it, and copied on write";
+        labelled(e, MetricType::Counter, "ft_capture_pages", help, "how", pages.into_iter())
+    }
+
     fn work(&self, e: &mut DescriptorEncoder<'_>) -> Result<(), Error> {
         let (output, counters, timings) = (&self.0.output, &self.0.counters, &self.0.timings);
         whole(e, "ft_output_buffer_frames", "Frames held", output.held_frames)?;
@@ -141,6 +159,12 @@ impl Scrape {
         if let Some(met) = pacing.met {
             flag(e, "ft_pacing_target_met", "The target of the pacing is met", met)?;
         }
+        let overload = &self.0.overload;
+        flag(e, "ft_overloaded", "Link or backup is slower than the guest writes memory", overload.overloaded)?;
+        counter(e, "ft_overloads", "Times that an overload began", overload.count)?;
+        gauge(e, "ft_throttle_ratio", "Part of its time that the guest is kept from running", overload.throttle_ratio)?;
+        gauge(e, "ft_blocked_ratio", "Part of its time that an epoch waited for room to end", overload.blocked_ratio)?;
+        self.capture(e)?;
         histogram(e, "ft_epoch_pause_seconds", "Guest paused for a checkpoint", &timings.pause)?;
         histogram(e, "ft_epoch_transfer_seconds", "Encoding and sending a checkpoint", &timings.transfer)?;
         histogram(e, "ft_epoch_ack_seconds", "From the last byte sent to the ack", &timings.ack)?;

@@ -97,6 +97,8 @@ pub(super) fn render(s: &Status) -> String {
         ),
     );
     pacing(&mut out, s);
+    overload(&mut out, s);
+    capture(&mut out, s);
     let o = &s.output;
     line(
         &mut out,
@@ -141,6 +143,40 @@ fn pacing(out: &mut String, s: &Status) {
     };
     let text = if p.text.is_empty() { String::new() } else { format!(" ({})", clean(&p.text)) };
     let _ = writeln!(out, "{met}{text}");
+}
+
+/// What is slower than the guest, and what is done about it.
+fn overload(out: &mut String, s: &Status) {
+    let o = &s.overload;
+    if o.overloaded {
+        let _ = writeln!(out, "OVERLOADED:  for {}: {}", span(o.seconds), clean(&o.text));
+    } else if o.count > 0 {
+        let _ = writeln!(out, "Overload:  none now, {} so far (policy {})", grouped(o.count), clean(&o.policy));
+    }
+}
+
+/// How pages come out of the guest, and what was done.
+fn capture(out: &mut String, s: &Status) {
+    let c = &s.capture;
+    if c.strategy.is_empty() {
+        return;
+    }
+    let now = match (c.protects, c.precopies) {
+        (true, true) => " (now: before the pause, and on write)",
+        (true, false) => " (now: on write)",
+        (false, true) => " (now: before the pause)",
+        (false, false) => "",
+    };
+    let _ = writeln!(
+        out,
+        "Capture: {}, pre-copy {}{now}: {} pages before pauses, {} of them again; {} write-protected, {} of them copied on write",
+        clean(&c.strategy),
+        clean(&c.precopy),
+        grouped(c.precopied_pages_total),
+        grouped(c.precopied_again_total),
+        grouped(c.protected_pages_total),
+        grouped(c.copied_on_write_total)
+    );
 }
 
 /// How far the next protection is, and for how long there has been none.

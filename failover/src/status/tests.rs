@@ -52,6 +52,31 @@ fn a_side_on_its_way_to_protection_says_how_far_it_is() {
 }
 
 #[test]
+fn an_overload_is_explained_and_remembered() {
+    let board = board();
+    assert!(!board.snapshot().to_table().to_lowercase().contains("overload"));
+    board.update(|status| {
+        status.overload = OverloadStatus {
+            overloaded: true,
+            seconds: 3.0,
+            count: 1,
+            throttle_ratio: 0.4,
+            text: "the link is slow".into(),
+            ..OverloadStatus::configured(crate::config::Overload::Throttle)
+        };
+    });
+    let status = board.snapshot();
+    assert!(status.to_table().contains("OVERLOADED:  for 3.0 s: the link is slow"), "{}", status.to_table());
+    let metrics = status.to_prometheus();
+    for line in ["ft_overloaded 1", "ft_overloads_total 1", "ft_throttle_ratio 0.4"] {
+        assert!(metrics.lines().any(|found| found == line), "{line} is not in\n{metrics}");
+    }
+    board.update(|status| status.overload.overloaded = false);
+    let text = board.snapshot().to_table();
+    assert!(text.contains("Overload:  none now, 1 so far (policy throttle)"), "{text}");
+}
+
+#[test]
 fn escape_sequences_do_not_reach_the_terminal() {
     let board = board();
     board.update(|status| {
@@ -114,4 +139,32 @@ fn ages_grow_when_the_event_loop_stops() {
         std::thread::yield_now();
     }
     assert!(board.snapshot().arbiter.age_seconds.unwrap() >= before + 0.019);
+}
+
+#[test]
+fn what_capture_did_is_shown_by_a_side_that_runs_the_guest() {
+    let board = board();
+    board.apply(&view(StateName::Protected));
+    assert!(!board.snapshot().to_table().contains("Capture:"));
+    let capture = CaptureStatus {
+        strategy: "auto".into(),
+        precopy: "always".into(),
+        precopies: true,
+        precopied_pages_total: 12_345,
+        precopied_again_total: 67,
+        copied_on_write_total: 8,
+        ..CaptureStatus::default()
+    };
+    board.update(|status| status.capture = capture);
+    let text = board.snapshot().to_table();
+    let line = "Capture: auto, pre-copy always (now: before the pause): 12,345 pages before pauses, 67 of them again";
+    assert!(text.contains(line), "{text}");
+    let text = board.snapshot().to_prometheus();
+    for line in [
+        "ft_capture{strategy=\"auto\"} 1",
+        "ft_capture_pages_total{how=\"precopied_again\"} 67",
+        "ft_capture_pages_total{how=\"copied_on_write\"} 8",
+    ] {
+        assert!(text.contains(line), "{line} is not in\n{text}");
+    }
 }

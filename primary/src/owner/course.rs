@@ -39,7 +39,7 @@ pub enum Event {
     /// The last checkpoint of a planned switchover has been handed to the stream.
     FinalSent(Epoch),
     /// The runner has left protection.
-    ProtectionFailed,
+    ProtectionFailed(LinkLoss),
     /// The guest ended, by itself or with its machine.
     GuestEnded(GuestEnd),
     /// Straight to the decision core.
@@ -164,9 +164,9 @@ impl Course {
                 let step = self.protect.final_sent(epoch);
                 self.take(step, decider, now, out);
             }
-            Event::ProtectionFailed => {
+            Event::ProtectionFailed(loss) => {
                 if let Some(session) = self.protect.session() {
-                    self.lost(session, LinkLoss::Local, decider, now, out);
+                    self.lost(session, loss, decider, now, out);
                 }
             }
             Event::GuestEnded(end) => self.decide(Input::GuestEnded(end), decider, now, out),

@@ -14,9 +14,11 @@ use replication_proto::{Epoch, Point, Pulse, Standing};
 use vmm::MachineEvent;
 
 use crate::dial::{self, Streams};
+use crate::epoch::CheckpointError;
 use crate::events;
 use crate::host::{Ending, Flow, Host, HostEvent, wire_goodbye};
 use crate::link::{Link, LinkEnd, LinkEvent};
+use crate::pacer::Turn;
 use crate::protect::Session;
 use crate::pulse::{self, PulseHandle, PulseReport};
 use crate::runner::{Runner, RunnerEvent};
@@ -311,7 +313,17 @@ impl Owner {
             }
             RunnerEvent::ProtectionFailed(error) => {
                 self.host.note_link(&format!("protection ended: {error}"));
-                self.tell_course(Event::ProtectionFailed)
+                let overloaded = matches!(error, CheckpointError::Overloaded { .. });
+                let loss = if overloaded { LinkLoss::Overloaded } else { LinkLoss::Local };
+                self.tell_course(Event::ProtectionFailed(loss))
+            }
+            RunnerEvent::Overload(turn) => {
+                let policy = self.host.config.epoch.overload.word();
+                self.host.events.write(&match turn {
+                    Turn::Began(slow) => events::Event::OverloadBegan { slow: slow.word(), policy },
+                    Turn::Ended(lasted) => events::Event::OverloadEnded { seconds: lasted.as_secs_f64() },
+                });
+                Flow::GoOn
             }
             RunnerEvent::MachineFailed(why) => {
                 // It is this host that failed, not the guest: a backup in sync runs on. So nothing is recorded, and this process ends as in a crash.

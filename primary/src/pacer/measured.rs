@@ -36,6 +36,10 @@ impl Measured {
         self.commit.unwrap_or_default()
     }
 
+    pub(super) fn epochs_per_second(&self) -> f64 {
+        self.rates.0
+    }
+
     pub(super) fn time_passes(&mut self, now: Duration) {
         let span = now.saturating_sub(self.span_began);
         if span >= SPAN {

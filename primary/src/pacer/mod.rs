@@ -6,21 +6,53 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use failover::config::EpochPace;
-use failover::status::PacingStatus;
+use failover::config::{EpochPace, Overload, PairConfig};
+use failover::status::{OverloadStatus, PacingStatus};
 use replication_proto::Epoch;
 
 mod adaptive;
 mod base;
 mod measured;
+mod pressure;
+#[cfg(test)]
+mod pressure_tests;
 #[cfg(test)]
 mod tests;
 
 pub use adaptive::{KEEP_FRESH, MOST_HELD, WORK};
 pub use base::BasePacer;
+pub use pressure::{Judged, OverloadRules, Reading, Slow, Turn};
 
 use adaptive::Adaptive;
 use measured::Measured;
+use pressure::Pressure;
+
+/// What is staged leaves room again soon after the link took some of it, which rings no bell.
+const ROOM_INTERVAL: Duration = Duration::from_millis(5);
+
+/// The operator's will.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rules {
+    /// When epochs end.
+    pub pace: EpochPace,
+    /// What happens when link or backup cannot keep up.
+    pub overload: OverloadRules,
+}
+
+impl From<&PairConfig> for Rules {
+    fn from(config: &PairConfig) -> Self {
+        let (epoch, max_hold) = (&config.epoch, config.timers.max_hold);
+        let overload = OverloadRules { policy: epoch.overload, patience: epoch.overload_patience, max_hold };
+        Self { pace: epoch.pace, overload }
+    }
+}
+
+impl From<EpochPace> for Rules {
+    fn from(pace: EpochPace) -> Self {
+        let (patience, max_hold) = (Duration::from_secs(5), Duration::from_secs(1));
+        Self { pace, overload: OverloadRules { policy: Overload::default(), patience, max_hold } }
+    }
+}
 
 /// What a decision is made on.
 #[derive(Clone, Copy, Debug, Default)]
@@ -33,6 +65,8 @@ pub struct Look {
     pub ran: Option<Duration>,
     /// Something on this side gets on with each epoch only: a comparison of both sides, a log of disk changes that fills.
     pub asked: bool,
+    /// What is staged is at its limit: there is no room for another checkpoint.
+    pub full: bool,
 }
 
 /// What to do.
@@ -82,18 +116,21 @@ pub struct Pacer {
     in_flight_most: usize,
     flying: VecDeque<Flying>,
     measured: Measured,
+    pressure: Pressure,
 }
 
 impl Pacer {
     /// The first epoch begins `now`, while the base that ended `base` is on its way. `in_flight_most`: so many checkpoints may be without a commit.
-    pub fn new(pace: EpochPace, in_flight_most: usize, base: Epoch, now: Duration) -> Self {
+    pub fn new(rules: impl Into<Rules>, in_flight_most: usize, base: Epoch, now: Duration) -> Self {
+        let Rules { pace, overload } = rules.into();
+        let pressure = Pressure::new(overload, in_flight_most, now);
         let rule = match pace {
             EpochPace::Fixed(interval) => Rule::Fixed { interval, next: now + interval },
             EpochPace::Latency(latency) => Rule::Adaptive(Adaptive::latency(latency, now)),
             EpochPace::Overhead(share) => Rule::Adaptive(Adaptive::overhead(share.share(), now)),
         };
         let flying = VecDeque::from([Flying { epoch: base, began: None, waited_since: None }]);
-        Self { pace, rule, in_flight_most, flying, measured: Measured::new(now) }
+        Self { pace, rule, in_flight_most, flying, measured: Measured::new(now), pressure }
     }
 
     /// Whether [`Look::ran`] matters.
@@ -118,12 +155,42 @@ impl Pacer {
     pub fn look(&mut self, look: &Look) -> Next {
         self.measured.time_passes(look.now);
         let due = match &self.rule {
-            // A commit that makes room is told.
-            _ if self.flying.len() >= self.in_flight_most => return Next::Look(look.now + WORK),
             Rule::Fixed { next, .. } => *next,
             Rule::Adaptive(rule) => rule.due(look, self.flying.len(), self.measured.commit()),
         };
-        if look.now >= due { Next::End } else { Next::Look(due) }
+        // A commit that makes room is told.
+        let behind = self.flying.len() >= self.pressure.depth();
+        if look.now < due {
+            self.pressure.free(look.now);
+            Next::Look(due)
+        } else if behind || look.full {
+            self.pressure.blocked(due);
+            Next::Look(look.now + if behind { WORK } else { ROOM_INTERVAL })
+        } else {
+            self.pressure.free(look.now);
+            Next::End
+        }
+    }
+
+    /// Looks whether link and backup keep up; to be called several times a second.
+    pub fn judge(&mut self, reading: &Reading, now: Duration) -> Judged {
+        let oldest = self.flying.front().map(|flying| flying.began);
+        if oldest == Some(None) {
+            self.pressure.begin_anew(now);
+            return Judged::default();
+        }
+        let waits = oldest.flatten().map(|began| now.saturating_sub(began)).unwrap_or_default();
+        self.pressure.judge(reading, self.measured.commit().max(waits), now)
+    }
+
+    /// What is slow, and since when, if link or backup do not keep up.
+    pub fn overloaded(&self) -> Option<(Slow, Duration)> {
+        self.pressure.overloaded()
+    }
+
+    /// Whether they do, for the status.
+    pub fn overload_status(&self, now: Duration) -> OverloadStatus {
+        self.pressure.status(self.measured.commit(), self.measured.epochs_per_second(), now)
     }
 
     /// A checkpoint was taken; the guest runs again, `now`.

@@ -65,7 +65,13 @@ impl Toy {
                 self.commits.pop_front();
                 self.pacer.committed(epoch, self.now);
             }
-            let look = Look { now: self.now, waiting_since: self.waiting_since, ran: Some(self.ran), asked: false };
+            let look = Look {
+                now: self.now,
+                waiting_since: self.waiting_since,
+                ran: Some(self.ran),
+                asked: false,
+                full: false,
+            };
             match self.pacer.look(&look) {
                 Next::End => self.end(),
                 Next::Look(at) => {
@@ -187,7 +193,7 @@ fn a_target_that_cannot_be_met_is_told() {
 fn who_gets_on_with_each_epoch_is_not_left_to_an_idle_guest() {
     let mut pacer = Pacer::new(EpochPace::Latency(2 * MS), 8, Epoch(1), Duration::ZERO);
     pacer.committed(Epoch(1), Duration::ZERO);
-    let look = Look { now: MS, ran: Some(Duration::ZERO), asked: true, waiting_since: None };
+    let look = Look { now: MS, ran: Some(Duration::ZERO), asked: true, ..Look::default() };
     assert_eq!(pacer.look(&look), Next::Look(WORK));
     assert_eq!(pacer.look(&Look { now: WORK, ..look }), Next::End);
 }
@@ -222,7 +228,7 @@ proptest! {
             let until = toy.now + Duration::from_micros(us);
             toy.live(until);
             prop_assert!(toy.most_in_flight <= in_flight_most);
-            let looked = Look { now: toy.now, waiting_since: toy.waiting_since, ran: Some(toy.ran), asked: false };
+            let looked = Look { now: toy.now, waiting_since: toy.waiting_since, ran: Some(toy.ran), asked: false, full: false };
             if toy.pacer.in_flight() < in_flight_most {
                 let decided = toy.pacer.look(&looked);
                 if let (Some(since), Next::Look(at)) = (toy.waiting_since, decided) {

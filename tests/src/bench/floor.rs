@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crossbeam::channel::{Receiver, Sender, bounded};
+use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use kvm_bindings::{
     KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, Msrs, kvm_irqchip, kvm_msr_entry, kvm_pit_config, kvm_segment,
     kvm_userspace_memory_region,
@@ -40,6 +40,9 @@ const TABLE: u64 = 0x67;
 const LARGE: u64 = TABLE | 0x80;
 /// No round lasts this long.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Between two kicks of a thread that is to end.
+const KICK_INTERVAL: Duration = Duration::from_millis(1);
 
 /// RSI is [`TOLD`], R8 is [`SAID`], RDX a page's size, RBX the last round.
 const PROGRAM: [u8; 39] = [
@@ -210,7 +213,7 @@ impl Floor {
                 };
                 return Err(BenchError::Wrong(format!("the floor: {why}")));
             }
-            // On a busy host the vCPU's thread may wait for this very processor.
+            // The scheduler may have put the floor's thread on this very processor.
             std::thread::yield_now();
         }
         Ok(())
@@ -227,13 +230,16 @@ impl Drop for Floor {
     fn drop(&mut self) {
         self.go = None;
         self.measure.store(false, Ordering::SeqCst);
-        // After a failed round the guest may still spin: kicked until its thread ends.
-        while let Some(thread) = self.thread.take_if(|t| !t.is_finished()) {
+        // After a failed round the guest may still spin: kicked until its thread ends. A kick that comes just before KVM_RUN is lost, hence the next; one
+        // right after another would keep the thread from getting on with its end.
+        while let Some(thread) = self.thread.as_ref().filter(|thread| !thread.is_finished()) {
             if let Err(error) = thread.kill(SIGRTMIN()) {
                 log::debug!("the floor's thread is gone: {error}");
             }
-            std::thread::yield_now();
-            self.thread = Some(thread);
+            match self.answers.recv_timeout(KICK_INTERVAL) {
+                Ok(_) | Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
         }
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()

@@ -60,6 +60,9 @@ pub enum BenchError {
     /// A checkpoint failed.
     #[error(transparent)]
     Checkpoint(#[from] primary::epoch::CheckpointError),
+    /// Its pages could not be copied.
+    #[error(transparent)]
+    Copy(#[from] primary::capture::CopyError),
     /// Guest RAM.
     #[error(transparent)]
     Ram(#[from] vmm::memory::RamError),

@@ -6,7 +6,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, Sender, bounded};
+use failover::config::{CaptureStrategy, Precopy};
 use failover::status::{Labels, NodeRole, StatusBoard};
+use primary::capture::Capture;
 use primary::clock::Clock;
 use primary::disk::OwnerDisks;
 use primary::epoch::{Afterwards, EpochParts, PauseParts, StagedCheckpoint, stage};
@@ -111,6 +113,7 @@ impl Subject {
             base_share: 1.0,
             verifier: Arc::new(Verifier::new(Vec::new())),
             disks: Arc::new(OwnerDisks::none()),
+            capture: Capture::new(CaptureStrategy::Postponed, Precopy::Never),
         };
         // Long enough for each page of the working set to be written once, whatever the guest's timer adds.
         let round = Duration::from_micros(u64::from(pages) * 1_000_000 / RATE);
@@ -153,7 +156,11 @@ impl Subject {
         // An epoch is an interval of time.
         std::thread::sleep(self.interval);
         self.ended += 1;
-        Ok(stage(&mut self.machine, &self.parts, Epoch(self.ended), Afterwards::RunsOn)?)
+        let epoch = Epoch(self.ended);
+        let early = self.parts.capture.precopy(&mut self.machine, &self.parts.arena)?;
+        let (captured, pause) = stage(&mut self.machine, &self.parts, early, epoch, Afterwards::RunsOn)?;
+        let pause = pause.end()?;
+        Ok((captured.finish(&self.parts)?, pause))
     }
 
     fn retire(&self, staged: StagedCheckpoint) {
@@ -210,11 +217,15 @@ fn word(ram: &GuestRam, address: u64) -> u64 {
     slice.get_atomic_ref::<AtomicU64>(0).expect("a word of a page is aligned").load(Ordering::Relaxed)
 }
 
+/// The guest computes whenever it does not dirty pages: a pause finds its vCPU running, as the floor's does. One that sleeps has to be woken by the host
+/// first, which says nothing about the pause: a guest with nothing to do is not disturbed.
 fn set_load(heard: Receiver<Vec<u8>>, to_guest: SocketPort, pages: u32) -> Result<(), BenchError> {
-    // One connection: the second command's answer is not waited for. A load that is not there is found out by the pages that are dirty.
-    let command = format!("FT.WORK 1\r\nFT.DIRTY {RATE} {pages}");
-    let answer = say(heard, Arc::new(to_guest), KV_PORT, &command, PATIENCE).map_err(BenchError::Wrong)?;
-    if answer == "+OK" { Ok(()) } else { Err(BenchError::Wrong(format!("FT.WORK 1: {answer}"))) }
+    let commands = ["FT.WORK 1", &format!("FT.DIRTY {RATE} {pages}")];
+    let answers = say(heard, Arc::new(to_guest), KV_PORT, &commands, PATIENCE).map_err(BenchError::Wrong)?;
+    match commands.iter().zip(&answers).find(|(_, answer)| *answer != "+OK") {
+        Some((command, answer)) => Err(BenchError::Wrong(format!("{command}: {answer}"))),
+        None => Ok(()),
+    }
 }
 
 /// Nobody looks at this process's status; the gate and the metrics want one.

@@ -68,6 +68,9 @@ struct Report {
     flushes: u64,
     disks_synchronised: u64,
     power_cuts_imagined: u64,
+    overloads: u64,
+    throttle_steps: u64,
+    overloads_dropped: u64,
     violations: Vec<String>,
 }
 
@@ -164,7 +167,7 @@ fn live(args: &Args, number: u64) -> Outcome {
 /// The rules that live where the explorer does not look, in the stream and around memory, and a few that both catch; each with a seed that noticed it
 /// once and is tried first, and whether its guests have a disk. (`IsolatedRejoins` is the explorer's: 3,000 worlds did not notice it.)
 #[cfg(feature = "mutants")]
-const BROKEN: [(replication_proto::mutant::Mutant, u64, bool); 16] = {
+const BROKEN: [(replication_proto::mutant::Mutant, u64, bool); 19] = {
     use replication_proto::mutant::Mutant;
     [
         (Mutant::RetireOnSend, 1, false),
@@ -183,6 +186,9 @@ const BROKEN: [(replication_proto::mutant::Mutant, u64, bool); 16] = {
         (Mutant::BitAfterWrite, 1, true),
         (Mutant::BaseBeforeImage, 0, true),
         (Mutant::ReturnersBitsIgnored, 5, true),
+        (Mutant::PrecopiedPageKept, 0, false),
+        (Mutant::PrecopyRetired, 0, false),
+        (Mutant::WrittenBeforeCopied, 0, false),
     ]
 };
 
@@ -263,6 +269,9 @@ fn report(args: &Args, sum: &Sum, threads: usize, wall: Duration) -> Report {
         flushes,
         disk_bases,
         exams,
+        overloads,
+        throttles,
+        dropped,
     } = sum.seen;
     #[expect(clippy::cast_precision_loss, reason = "a rate for people")]
     let rate = epochs as f64 / wall.as_secs_f64() / threads as f64;
@@ -289,6 +298,9 @@ fn report(args: &Args, sum: &Sum, threads: usize, wall: Duration) -> Report {
         flushes,
         disks_synchronised: disk_bases,
         power_cuts_imagined: exams,
+        overloads,
+        throttle_steps: throttles,
+        overloads_dropped: dropped,
         violations: sum.violations.iter().map(|(_, text)| text.clone()).collect(),
     }
 }
@@ -314,6 +326,9 @@ fn print(report: &Report, args: &Args) {
         ("flushes", report.flushes),
         ("disks synchronised", report.disks_synchronised),
         ("power cuts imagined", report.power_cuts_imagined),
+        ("overloads", report.overloads),
+        ("throttle steps", report.throttle_steps),
+        ("dropped for overload", report.overloads_dropped),
     ];
     for (name, count) in lines {
         println!("  {name:<20} {count:>12}");

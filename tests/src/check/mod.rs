@@ -116,6 +116,12 @@ pub struct Seen {
     pub disk_bases: u64,
     /// Times that files were looked at as a power cut would have left them.
     pub exams: u64,
+    /// Times that link or backup could not keep up with the guest.
+    pub overloads: u64,
+    /// Times that the guest was slowed, or slowed by another amount.
+    pub throttles: u64,
+    /// Times that protection ended because of an overload.
+    pub dropped: u64,
 }
 
 impl Seen {
@@ -137,6 +143,9 @@ impl Seen {
             flushes,
             disk_bases,
             exams,
+            overloads,
+            throttles,
+            dropped,
         } = other;
         self.epochs += epochs;
         self.commits += commits;
@@ -153,6 +162,9 @@ impl Seen {
         self.flushes += flushes;
         self.disk_bases += disk_bases;
         self.exams += exams;
+        self.overloads += overloads;
+        self.throttles += throttles;
+        self.dropped += dropped;
     }
 }
 

@@ -123,7 +123,7 @@ fn program() -> ModelProgram {
 impl Client {
     fn new() -> Self {
         let program = program();
-        let ledger = DirtyLedger::new(program.ram());
+        let ledger = DirtyLedger::new();
         Self {
             program,
             ledger,

@@ -122,22 +122,23 @@ impl Counter {
     }
 }
 
-/// Says `line` once over TCP to `port` of the guest and returns the line that comes back.
+/// Says these lines over one TCP connection to `port` of the guest, each once the one before was answered, and returns the answers.
 ///
 /// # Errors
-/// When no line came within `patience`, or the connection broke.
+/// When they did not all come within `patience`, or the connection broke.
 pub fn say(
     from_guest: Receiver<Vec<u8>>,
     to_guest: Arc<SocketPort>,
     port: u16,
-    line: &str,
+    lines: &[&str],
     patience: Duration,
-) -> Result<String, String> {
+) -> Result<Vec<String>, String> {
     let mut client = Client::new(Cable { from_guest, to_guest, waiting: None });
     client.connect(port)?;
     let deadline = std::time::Instant::now() + patience;
     let late = || std::time::Instant::now() > deadline;
-    client.ask(line, late)?.ok_or_else(|| format!("no answer within {patience:?}"))
+    let answer = |line: &&str| client.ask(line, late)?.ok_or_else(|| format!("no answer within {patience:?}"));
+    lines.iter().map(answer).collect()
 }
 
 struct Client {

@@ -23,6 +23,9 @@ pub struct Event {
     /// Why.
     #[serde(default)]
     pub reason: Option<String>,
+    /// Of an overload: what is slow, `link` or `backup`.
+    #[serde(default)]
+    pub slow: Option<String>,
     /// Generation of the right to run.
     #[serde(default)]
     pub generation: Option<u64>,

@@ -24,6 +24,9 @@ use crate::real::rng::{Rng, mix};
 /// How long a request to the arbiter is waited for.
 const ARBITER_PATIENCE: Nanos = 1_000_000_000;
 
+/// Packets up to this size do not queue for a narrow link.
+const SMALL_PACKET: usize = 128;
+
 /// What happens next.
 #[derive(Clone, Debug)]
 pub enum Event {
@@ -179,6 +182,8 @@ pub struct Env {
     /// Chance in what concerns disks: apart, so that a world without one stays what it is.
     pub disk_rng: Rng,
     queue: BinaryHeap<Reverse<Planned>>,
+    /// Until when a narrow link is busy.
+    link_busy: Nanos,
     planned: u64,
     boots: u64,
     births: BTreeMap<u128, Who>,
@@ -204,6 +209,7 @@ impl Env {
             hosts: None,
             disk_rng: Rng::new(0),
             queue: BinaryHeap::new(),
+            link_busy: 0,
             planned: 0,
             boots: 0,
             births: BTreeMap::new(),
@@ -326,12 +332,23 @@ impl Env {
         }
     }
 
+    /// How long a packet waits for a narrow link. Heartbeats and acknowledgements have their share of it.
+    fn queues_for(&mut self, packet: &Packet) -> Nanos {
+        let bytes = match packet {
+            Packet::Bytes(bytes) if bytes.len() > SMALL_PACKET => u64::try_from(bytes.len()).unwrap_or(u64::MAX),
+            _ => return 0,
+        };
+        let Some(takes) = bytes.saturating_mul(1_000_000_000).checked_div(self.conditions.link_rate) else { return 0 };
+        self.link_busy = self.link_busy.max(self.now) + takes;
+        self.link_busy - self.now
+    }
+
     /// Puts a packet on the way.
     pub fn send(&mut self, conn: ConnId, from: End, packet: Packet) {
         if self.hosts.is_some() && self.net.who(conn, from).is_some_and(|who| self.is_dark(who.node)) {
             return;
         }
-        let delay = self.transit();
+        let delay = self.transit() + self.queues_for(&packet);
         let now = self.now;
         if let Some(at) = self.net.send(conn, from, packet, now, delay) {
             self.at(at, Event::Deliver(conn, from.other()));

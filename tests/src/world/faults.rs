@@ -57,6 +57,8 @@ pub struct Conditions {
     pub guest_interval: Nanos,
     /// The backup's disk is slow.
     pub slow_disk: bool,
+    /// Bytes that the data connection takes in a second; 0: as many as there are.
+    pub link_rate: u64,
 }
 
 impl Default for Conditions {
@@ -75,6 +77,7 @@ impl Default for Conditions {
             slow_applier: false,
             guest_interval: 10 * MS,
             slow_disk: false,
+            link_rate: 0,
         }
     }
 }

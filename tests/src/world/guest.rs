@@ -11,11 +11,14 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm::disk::{ByteRange, Disk};
 use vmm::hot::{KeptLog, Tracking};
 use vmm::machine::{
-    BootError, CaptureError, DirtyError, MachineEvent, PauseError, RestoreError, RunError, StopTimings,
+    BootError, CaptureError, DirtyError, MachineEvent, PauseError, RestoreError, RunError, StopTimings, ThrottleError,
 };
 use vmm::pause::Stopped;
-use vmm::{ClockPolicy, DirtyLedger, DirtySet, Fact, GuestRam, Machine, Outputs, PAGE_SIZE, Section, SectionKind};
+use vmm::{
+    ClockPolicy, DirtyLedger, DirtySet, Fact, GuestRam, Machine, Outputs, PAGE_SIZE, Section, SectionKind, Throttle,
+};
 
+use super::on_write::Watch;
 use crate::real::rng::mix;
 
 /// Pages of memory: one word of every bitmap.
@@ -179,6 +182,9 @@ pub struct SimMachine {
     disk: Option<Arc<dyn Disk>>,
     /// What must be durable before the request that is not completed begins is so.
     announced: bool,
+    throttle: Throttle,
+    /// Asked before each write.
+    watch: Watch,
 }
 
 impl SimMachine {
@@ -188,7 +194,7 @@ impl SimMachine {
     /// When the host has no memory.
     pub fn build(outputs: Arc<dyn Outputs>, skew: u64, disk: Option<Arc<dyn Disk>>) -> Self {
         let ram = Arc::new(GuestRam::tiny(1).expect("256 KiB of memory"));
-        let ledger = DirtyLedger::new(&ram);
+        let ledger = DirtyLedger::new();
         Self {
             ram,
             ledger,
@@ -203,7 +209,14 @@ impl SimMachine {
             ran: Duration::ZERO,
             disk,
             announced: false,
+            throttle: Throttle::NONE,
+            watch: Watch::default(),
         }
+    }
+
+    /// Knows which pages may not be written before they are copied.
+    pub fn watch(&self) -> &Watch {
+        &self.watch
     }
 
     /// Makes it the `boot`-th guest of this world.
@@ -242,7 +255,12 @@ impl SimMachine {
         self.ran
     }
 
-    /// The guest runs for a moment: writes `pages` pages and perhaps says something.
+    /// How much it is slowed.
+    pub fn throttle_in_force(&self) -> Throttle {
+        self.throttle
+    }
+
+    /// The guest runs for a moment, and as much less as it is slowed: writes `pages` pages and perhaps says something.
     ///
     /// # Panics
     /// When it is not running.
@@ -251,6 +269,7 @@ impl SimMachine {
         while let Some(frame) = self.waiting.pop_front() {
             self.take_frame(&frame);
         }
+        let pages = pages * u64::from(100 - self.throttle.as_percent()) / 100;
         self.ran += WORK * u32::try_from(pages + 1).expect("few pages");
         for n in 0..pages {
             self.turn(mix(self.registers.history ^ n));
@@ -376,6 +395,7 @@ impl SimMachine {
     }
 
     fn write(&mut self, address: u64, value: u64) {
+        self.watch.writes(&self.ram, vmm::PageNo(address / 4096));
         self.touched |= 1 << (address / 4096);
         self.ram.tracked().write_obj(value, GuestAddress(address)).expect("an address of this machine");
     }
@@ -441,7 +461,20 @@ impl Machine for SimMachine {
     }
 
     fn take_dirty(&mut self) -> Result<DirtySet, DirtyError> {
-        Ok(self.ledger.take(&[&self.log.take(self.ram.take_own_writes())]))
+        Ok(self.ledger.take(self.log.take(self.ram.take_own_writes())))
+    }
+
+    fn share_work(&self, pieces: usize, work: &(dyn Fn(usize) + Sync)) {
+        (0..pieces).for_each(work);
+    }
+
+    fn throttle(&mut self, throttle: Throttle) -> Result<(), ThrottleError> {
+        self.throttle = throttle;
+        Ok(())
+    }
+
+    fn take_cold_dirty(&mut self) -> Result<DirtySet, DirtyError> {
+        Ok(self.ledger.take(self.log.take_cold(self.ram.take_own_writes())))
     }
 
     fn events(&self) -> Receiver<MachineEvent> {

@@ -7,9 +7,10 @@
 use std::time::Duration;
 
 use failover::arbiter::NodeRef;
-use failover::config::EpochPace;
+use failover::config::{CaptureStrategy, EpochPace, Overload, Precopy};
 use failover::decide::{ColdStart, CoreConfig, CoreTimers, Input, OnBackupLoss, Rejoin, Role, StateName, Ticket};
 use failover::status::{Labels, NodeRole, StatusBoard};
+use primary::pacer::{OverloadRules, Rules};
 use replication_proto::{Incarnation, NodeName, Point, VmId};
 
 mod clients;
@@ -18,6 +19,7 @@ pub mod faults;
 pub mod guest;
 pub mod keeper;
 pub mod net;
+pub mod on_write;
 pub mod owner;
 pub mod process;
 pub mod register;
@@ -86,6 +88,10 @@ pub struct Plan {
     pub seed: u64,
     /// When epochs end.
     pub pace: EpochPace,
+    /// What happens when link or backup cannot keep up with the guest.
+    pub overload: OverloadRules,
+    /// Bytes that the link between the hosts takes in a second while things go wrong; 0: as many as there are.
+    pub link_rate: u64,
     /// What happens when the backup is lost.
     pub on_backup_loss: OnBackupLoss,
     /// Whether a fenced side becomes the backup by itself.
@@ -104,6 +110,10 @@ pub struct Plan {
     pub recovers: bool,
     /// Whether the guest has a disk.
     pub disk: bool,
+    /// How pages come out of the guest.
+    pub capture: CaptureStrategy,
+    /// Whether before the pause: what follows measurements would make a world another one each time.
+    pub precopy: Precopy,
 }
 
 impl Plan {
@@ -125,6 +135,8 @@ impl Plan {
         Self {
             seed,
             pace: draw_pace(seed, Duration::from_millis(pick(&mut rng, &[1, 1, 2, 5, 10, 25]))),
+            overload: draw_overload(seed),
+            link_rate: draw_link_rate(seed),
             on_backup_loss: if rng.range(0, 8) == 0 { OnBackupLoss::Hold } else { OnBackupLoss::Solo },
             rejoin: match mix(seed ^ 0x7e) % 4 {
                 0 => Rejoin::AtOnce,
@@ -138,6 +150,8 @@ impl Plan {
             length: pick(&mut rng, &[10, 20, 30]) * SECOND,
             recovers: true,
             disk: false,
+            capture: draw_capture(seed),
+            precopy: if mix(seed ^ 0x93ec).is_multiple_of(2) { Precopy::Always } else { Precopy::Never },
         }
         .with_disk(!mix(seed ^ 0xd15c).is_multiple_of(4))
     }
@@ -157,11 +171,14 @@ impl Plan {
         Self {
             kinds: Vec::new(),
             pace: EpochPace::Fixed(Duration::from_millis(25)),
+            link_rate: 0,
             on_backup_loss: OnBackupLoss::Solo,
             rejoin: Rejoin::AfterKeep,
             retry: Duration::from_millis(50),
             jitter: 20_000,
             disk: false,
+            capture: CaptureStrategy::Postponed,
+            precopy: Precopy::Never,
             ..Self::draw(seed)
         }
     }
@@ -177,6 +194,32 @@ fn draw_pace(seed: u64, interval: Duration) -> EpochPace {
             let share = ["1%", "10%", "40%"][usize::try_from(rng.range(0, 3)).expect("small")];
             EpochPace::Overhead(share.to_owned().try_into().expect("a share"))
         }
+    }
+}
+
+/// A third of the worlds each. A chance of its own, as that of the pace.
+fn draw_overload(seed: u64) -> OverloadRules {
+    let mut rng = Rng::new(mix(seed ^ 0x0e_7e));
+    let policies = [Overload::Lengthen, Overload::Throttle, Overload::Drop];
+    OverloadRules {
+        policy: policies[usize::try_from(rng.range(0, 3)).expect("small")],
+        patience: Duration::from_millis(rng.range(500, 5_000)),
+        max_hold: Duration::from_secs(1),
+    }
+}
+
+/// One world in six has a link that is too narrow for its guest.
+fn draw_link_rate(seed: u64) -> u64 {
+    let mut rng = Rng::new(mix(seed ^ 0x11_4c));
+    if rng.range(0, 6) == 0 { rng.range(20_000, 200_000) } else { 0 }
+}
+
+/// How pages come out of a world's guests.
+fn draw_capture(seed: u64) -> CaptureStrategy {
+    match mix(seed ^ 0xca97) % 8 {
+        0 | 1 => CaptureStrategy::StopAndCopy,
+        2..5 => CaptureStrategy::CopyOnWrite,
+        _ => CaptureStrategy::Postponed,
     }
 }
 
@@ -237,6 +280,7 @@ impl World {
         env.disk_rng = Rng::new(mix(plan.seed ^ 0xd15c_0002));
         env.conditions.split_packet = 16;
         env.conditions.slow_packet = if plan.seed.is_multiple_of(4) { 64 } else { 0 };
+        env.conditions.link_rate = plan.link_rate;
         env.conditions.keep_old_packets = plan.kinds.contains(&Kind::Replay);
         let node = |node, program| Node {
             process: None,
@@ -624,10 +668,12 @@ impl World {
             timers,
         };
         let heartbeat = Duration::from_millis(20);
-        let (pace, jitter, skew) = (self.plan.pace, self.plan.jitter, self.nodes[node].skew);
+        let (rules, jitter, skew) =
+            (Rules { pace: self.plan.pace, overload: self.plan.overload }, self.plan.jitter, self.nodes[node].skew);
         // Where hot pages are in every epoch, a page that is forgotten is found later or never: half of the worlds are without.
         let tracking = if mix(self.plan.seed ^ 0x407).is_multiple_of(2) { Tracking::HotPages } else { Tracking::Plain };
-        Settings { core, pace, tracking, heartbeat, skew, jitter }
+        let capture = (self.plan.capture, self.plan.precopy);
+        Settings { core, rules, tracking, capture, heartbeat, skew, jitter }
     }
 
     /// The process of a node is gone, in order or not; its kernel closes what it had open.

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use failover::arbiter::NodeRef;
-use failover::config::EpochPace;
+use failover::config::{CaptureStrategy, Precopy};
 use failover::decide::{Action, CoreConfig, Input, StateName};
 use failover::exit::ExitCode;
 use failover::status::StatusBoard;
@@ -18,6 +18,7 @@ use primary::host::Flow;
 use primary::metrics::Metrics;
 use primary::output::queue::QueueLimits;
 use primary::output::{Gate, World as WayOut};
+use primary::pacer::Rules;
 use primary::pulse::{PulseEnd, PulseReport, Voice};
 use primary::staging::Arena;
 use replication_proto::{Epoch, Pulse};
@@ -52,10 +53,12 @@ pub struct Base {
     pub metrics: Arc<Metrics>,
     /// What heartbeats say.
     pub voice: Voice,
-    /// When epochs end.
-    pub pace: EpochPace,
+    /// When epochs end, and what happens when link or backup cannot keep up.
+    pub rules: Rules,
     /// What its machine does about hot pages.
     pub tracking: Tracking,
+    /// How pages come out of its guest, and whether before the pause.
+    pub capture: (CaptureStrategy, Precopy),
     /// Pause between attempts to connect.
     pub retry: Duration,
     /// Heartbeat interval.
@@ -107,10 +110,12 @@ impl WayOut for Exit {
 pub struct Settings {
     /// The decision core's part; each life has its own incarnation and generation in it.
     pub core: CoreConfig,
-    /// When epochs end.
-    pub pace: EpochPace,
+    /// When epochs end, and what happens when link or backup cannot keep up.
+    pub rules: Rules,
     /// What its machine does about hot pages.
     pub tracking: Tracking,
+    /// See [`Base::capture`].
+    pub capture: (CaptureStrategy, Precopy),
     /// Heartbeat interval.
     pub heartbeat: Duration,
     /// See [`Base::skew`].
@@ -122,7 +127,7 @@ pub struct Settings {
 impl Base {
     /// A process that was just started.
     pub fn new(who: Who, settings: Settings, board: &StatusBoard, now: Nanos, disks: Option<OpenDisks>) -> Self {
-        let Settings { core, pace, tracking, heartbeat, skew, jitter } = settings;
+        let Settings { core, rules, tracking, capture, heartbeat, skew, jitter } = settings;
         let nanos = Arc::new(AtomicU64::new(0));
         let clock = Clock::simulated(Arc::clone(&nanos));
         let metrics = Arc::new(Metrics::new(board.clone()));
@@ -139,8 +144,9 @@ impl Base {
             arena: Arena::new(64 << 20),
             metrics,
             voice: Voice::default(),
-            pace,
+            rules,
             tracking,
+            capture,
             retry,
             heartbeat,
             skew,

@@ -18,7 +18,7 @@ use crate::devices::virtio::net::Net;
 use crate::devices::{Devices, MMIO_BASE};
 use crate::disk::memory::MemoryDisk;
 use crate::disk::{Disk, DiskSerial};
-use crate::memory::{GuestRam, PAGE_SIZE, PageNo};
+use crate::memory::{GuestRam, PAGE_SIZE};
 use crate::outputs::{FramePort, Outputs};
 
 /// Longest frame that a device may let out: a header more than this is its buffer.
@@ -91,12 +91,8 @@ pub(super) fn alone(body: impl FnOnce()) {
     let Parts { ram, turn, .. } = parts();
     let _turn = turn.lock().unwrap_or_else(PoisonError::into_inner);
     body();
-    for (region, words) in ram.regions().iter().zip(ram.take_own_writes()) {
-        for (at, word) in (0u64..).zip(words) {
-            for bit in (0..64).filter(|bit| word & (1 << bit) != 0) {
-                ram.copy_in(PageNo(region.first.0 + at * 64 + bit), &[0; PAGE_SIZE]).expect("a page of RAM");
-            }
-        }
+    for page in ram.take_own_writes().iter() {
+        ram.copy_in(page, &[0; PAGE_SIZE]).expect("a page of RAM");
     }
     drop(ram.take_own_writes());
 }

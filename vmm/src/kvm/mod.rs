@@ -12,6 +12,8 @@ mod tests;
 #[cfg(test)]
 mod tests_block;
 #[cfg(test)]
+mod tests_throttle;
+#[cfg(test)]
 mod tests_virtio;
 
 use std::collections::BTreeMap;
@@ -32,6 +34,7 @@ use crate::dirty::{DirtyLedger, DirtySet};
 use crate::hot::Tracking;
 use crate::machine::{
     BootError, CaptureError, DirtyError, Machine, MachineEvent, PauseError, RestoreError, RunError, StopTimings,
+    ThrottleError,
 };
 use crate::memory::GuestRam;
 use crate::pause::Stopped;
@@ -40,6 +43,7 @@ use crate::state::clock::ClockStateV1;
 use crate::state::codec::Saved;
 use crate::state::irqchip::IrqchipStateV1;
 use crate::state::vcpu::VcpuStateV1;
+use crate::throttle::Throttle;
 use crate::vcpu::{Vcpu, VcpuThreads};
 
 /// How far a machine has come.
@@ -92,7 +96,7 @@ impl KvmMachine {
         let log = DirtyLog::new(&vm);
         Ok(Self {
             config: config.clone(),
-            ledger: DirtyLedger::new(&ram),
+            ledger: DirtyLedger::new(),
             ram,
             vcpus: Vcpus::Resting(vcpus, host_io),
             devices,
@@ -255,8 +259,30 @@ impl Machine for KvmMachine {
 
     fn take_dirty(&mut self) -> Result<DirtySet, DirtyError> {
         assert!(self.log.is_on(), "dirty pages can only be taken while they are tracked");
-        let logs = self.log.take(&self.vm, &self.ram, self.phase == Phase::Stopped)?;
-        Ok(self.ledger.take(&[&logs, &self.ram.take_own_writes()]))
+        let mut written = self.log.take(&self.vm, &self.ram, self.phase == Phase::Stopped)?;
+        written.unite(&self.ram.take_own_writes());
+        Ok(self.ledger.take(written))
+    }
+
+    fn share_work(&self, pieces: usize, work: &(dyn Fn(usize) + Sync)) {
+        match &self.vcpus {
+            Vcpus::Threads(threads, _) if self.phase == Phase::Stopped => threads.share(pieces, work),
+            _ => (0..pieces).for_each(work),
+        }
+    }
+
+    fn throttle(&mut self, throttle: Throttle) -> Result<(), ThrottleError> {
+        match &mut self.vcpus {
+            Vcpus::Threads(threads, _) => Ok(threads.throttle(throttle)?),
+            Vcpus::Resting(..) | Vcpus::Gone => Ok(()),
+        }
+    }
+
+    fn take_cold_dirty(&mut self) -> Result<DirtySet, DirtyError> {
+        assert!(self.log.is_on(), "dirty pages can only be taken while they are tracked");
+        let log = self.log.take_cold(&self.vm, &self.ram)?;
+        // The VMM's own writes are few, and most of them to pages that devices write all the time.
+        Ok(self.ledger.take(log))
     }
 
     fn events(&self) -> Receiver<MachineEvent> {

@@ -20,11 +20,13 @@ use crate::disk::Disk;
 use crate::hot::{KeptLog, Tracking};
 use crate::machine::{
     BootError, CaptureError, DirtyError, Machine, MachineEvent, PauseError, RestoreError, RunError, StopTimings,
+    ThrottleError,
 };
 use crate::memory::{GuestRam, RamError};
 use crate::outputs::{FramePort, Outputs};
 use crate::pause::Stopped;
 use crate::section::{Section, SectionKind};
+use crate::throttle::Throttle;
 
 /// Most frames in one step, so that a flood cannot delay a stop.
 const BATCH: usize = 64;
@@ -91,6 +93,8 @@ struct Control {
     gone: bool,
     /// The guest ended by itself.
     ended: Option<String>,
+    /// How much the guest is slowed.
+    throttle: Throttle,
 }
 
 /// What the machine and its thread share.
@@ -150,7 +154,8 @@ impl ModelMachine {
         let mac = config.nics.first().map_or([0x52, 0x54, 0, 0, 0, 1], |nic| nic.mac);
         let MachineIo { outputs, ports, disks, console_input } = io;
         let program = ModelProgram::new(Arc::clone(&ram), mac, options)?.with_disks(disks.clone())?;
-        let control = Control { wanted: Wanted::Stop, parked: false, gone: false, ended: None };
+        let control =
+            Control { wanted: Wanted::Stop, parked: false, gone: false, ended: None, throttle: Throttle::NONE };
         let (control, program) = (Mutex::new(control), Mutex::new(program));
         let shared = Arc::new(Shared { control, changed: Condvar::new(), program });
 
@@ -173,10 +178,12 @@ impl ModelMachine {
             poll,
             events: events_in,
             buffer: vec![0; FRAME],
+            runs_since: Instant::now(),
+            rests_until: None,
         };
         Ok(Self {
             facts: facts(config, options),
-            ledger: DirtyLedger::new(&ram),
+            ledger: DirtyLedger::new(),
             ram,
             shared,
             vcpu: Some(vcpu),
@@ -303,7 +310,22 @@ impl Machine for ModelMachine {
 
     fn take_dirty(&mut self) -> Result<DirtySet, DirtyError> {
         assert!(self.log.is_on(), "dirty pages can only be taken while they are tracked");
-        Ok(self.ledger.take(&[&self.log.take(self.ram.take_own_writes())]))
+        Ok(self.ledger.take(self.log.take(self.ram.take_own_writes())))
+    }
+
+    fn share_work(&self, pieces: usize, work: &(dyn Fn(usize) + Sync)) {
+        (0..pieces).for_each(work);
+    }
+
+    fn throttle(&mut self, throttle: Throttle) -> Result<(), ThrottleError> {
+        self.shared.control().throttle = throttle;
+        self.shared.changed.notify_all();
+        Ok(())
+    }
+
+    fn take_cold_dirty(&mut self) -> Result<DirtySet, DirtyError> {
+        assert!(self.log.is_on(), "dirty pages can only be taken while they are tracked");
+        Ok(self.ledger.take(self.log.take_cold(self.ram.take_own_writes())))
     }
 
     fn events(&self) -> Receiver<MachineEvent> {
@@ -382,6 +404,10 @@ struct Vcpu {
     poll: Poll,
     events: Sender<MachineEvent>,
     buffer: Vec<u8>,
+    /// When it last got up from a rest, being slowed.
+    runs_since: Instant,
+    /// Until when it rests.
+    rests_until: Option<Instant>,
 }
 
 impl Vcpu {
@@ -412,6 +438,9 @@ impl Vcpu {
             let (host, guest) = (Instant::now(), self.shared.program().now());
             let guest_now = || guest.saturating_add(nanoseconds(host.elapsed()));
             let announce = loop {
+                if !self.rest(guest_now) {
+                    break Vec::new();
+                }
                 let more = self.take_frames();
                 let step = self.step(guest_now());
                 if step.end.is_some() {
@@ -473,6 +502,31 @@ impl Vcpu {
                 self.announced.push((what, disk.announce(what.range)));
             }
         }
+    }
+
+    /// Rests if the guest is slowed and has run for as long as it may at a time. False when a stop ended the rest, what is left of which comes after it.
+    fn rest(&mut self, guest_now: impl Fn() -> u64) -> bool {
+        let control = self.shared.control();
+        let throttle = control.throttle;
+        let ran = self.runs_since.elapsed();
+        if throttle.is_none() || (self.rests_until.is_none() && ran < throttle.run()) {
+            return true;
+        }
+        let began = Instant::now();
+        let until = *self.rests_until.get_or_insert(began + throttle.rest_after(ran));
+        let goes_on = |c: &mut Control| c.wanted == Wanted::Run && c.throttle == throttle;
+        let waited = self.shared.changed.wait_timeout_while(control, until.saturating_duration_since(began), goes_on);
+        let (control, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        let stopped = control.wanted != Wanted::Run;
+        drop(control);
+        let now = Instant::now();
+        if !stopped || now >= until {
+            (self.runs_since, self.rests_until) = (now, None);
+        }
+        let mut program = self.shared.program();
+        program.pass_time(guest_now());
+        program.stood_still(nanoseconds(now - began));
+        !stopped
     }
 
     /// Parks while the machine is stopped; false when it ends.

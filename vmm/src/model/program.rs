@@ -143,7 +143,7 @@ impl ModelProgram {
 
     /// The pages written since the last call, united with what was given back to `ledger`, which belongs to the same RAM.
     pub fn take_dirty(&self, ledger: &Arc<DirtyLedger>) -> DirtySet {
-        ledger.take(&[&self.ram.take_own_writes()])
+        ledger.take(self.ram.take_own_writes())
     }
 
     /// The registers, as the one section of this machine.
@@ -167,6 +167,12 @@ impl ModelProgram {
     /// captured. An earlier time than that of the last step changes nothing.
     pub fn pass_time(&mut self, now: u64) {
         self.registers.now = self.registers.now.max(now.min(LAST_TIME));
+    }
+
+    /// The program was kept from running for so many nanoseconds until now: its background load, which takes a processor's time, does not make up for them.
+    pub fn stood_still(&mut self, nanoseconds: u64) {
+        let Registers { now, load, .. } = &mut self.registers;
+        load.since = load.since.saturating_add(nanoseconds).min(*now);
     }
 
     /// Runs the program once: `inbound` are the Ethernet frames that arrived, `now` is guest time in nanoseconds (an earlier

@@ -12,8 +12,10 @@
 //!
 //! A stop takes one wake-up of each vCPU's thread, which also reads the vCPU's state, and one of the thread that stops.
 
+mod crew;
 mod exit;
 pub(crate) mod kick;
+mod throttle;
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
@@ -31,12 +33,17 @@ use crate::machine::{CaptureError, MachineEvent, PauseError, RestoreError};
 use crate::section::{Section, SectionKind};
 use crate::state::codec::Saved;
 use crate::state::vcpu::{VcpuStateV1, msr_buffer};
+use crate::throttle::Throttle;
+use crew::Crew;
 use exit::After;
 use kick::{ImmediateExit, kick_signal};
+use throttle::{Rhythm, Slower, Slowing};
 
-/// How long a thread looks at a flag before it sleeps, where each thread of the rendezvous can have a processor of its own. A
-/// pause is about this long, and a wake-up costs a good part of it.
-const SPIN: Duration = Duration::from_micros(200);
+/// How long a thread looks at a flag before it sleeps, where it can have a processor of its own. A pause is shorter than this, and a processor that fell
+/// asleep takes a good part of a pause to wake up.
+const SPIN: Duration = Duration::from_millis(1);
+/// With so many pieces of work to share it pays to wake threads that sleep.
+const PIECES_WAKE: usize = 32;
 /// No exit takes this long on a host that works.
 const STOP_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -105,7 +112,10 @@ impl Order {
 /// What all vCPU threads of a machine share.
 struct Rendezvous {
     vcpus: usize,
+    /// For whoever stops the vCPUs.
     spin: Duration,
+    /// What stopped threads help with.
+    crew: Crew,
     order: AtomicU8,
     /// Counts the orders to run, so that a run that is followed by a stop at once is not missed.
     runs: AtomicU64,
@@ -121,6 +131,7 @@ struct Rendezvous {
     /// What each vCPU read in this stop.
     states: Vec<Mutex<Option<Captured>>>,
     events: Sender<MachineEvent>,
+    slowing: Arc<Slowing>,
 }
 
 /// A vCPU's section, and how long reading it took.
@@ -170,7 +181,7 @@ fn again(error: &io::Error) -> io::Error {
     error.raw_os_error().map_or_else(|| error.kind().into(), io::Error::from_raw_os_error)
 }
 
-/// How long `threads` threads that wait for each other may spin on this host.
+/// How long the last of `threads` threads that wait for each other may spin on this host.
 fn spin(threads: usize) -> Duration {
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     if processors >= threads { SPIN } else { Duration::ZERO }
@@ -183,7 +194,8 @@ fn wait_until(spin: Duration, deadline: Option<Instant>, done: impl Fn() -> bool
         if done() {
             return true;
         }
-        std::hint::spin_loop();
+        // Whoever is waited for may have been put on this very processor.
+        std::thread::yield_now();
     }
     while !done() {
         match deadline {
@@ -200,12 +212,31 @@ fn wait_until(spin: Duration, deadline: Option<Instant>, done: impl Fn() -> bool
 /// The running vCPU threads of a machine.
 pub(crate) struct VcpuThreads {
     shared: Arc<Rendezvous>,
-    threads: Vec<VcpuThread>,
+    threads: Vec<Arc<VcpuThread>>,
+    slower: Slower,
 }
 
 struct VcpuThread {
     immediate_exit: ImmediateExit,
-    thread: Option<JoinHandle<()>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl VcpuThread {
+    /// Gets the vCPU out of the guest, or keeps it from entering.
+    fn kick(&self) {
+        self.immediate_exit.set(true);
+        if let Some(thread) = &*lock(&self.thread)
+            && let Err(error) = thread.kill(kick_signal())
+        {
+            log::debug!("a vCPU thread is gone: {error}");
+        }
+    }
+
+    fn unpark(&self) {
+        if let Some(thread) = &*lock(&self.thread) {
+            thread.thread().unpark();
+        }
+    }
 }
 
 impl VcpuThreads {
@@ -214,6 +245,7 @@ impl VcpuThreads {
         let shared = Arc::new(Rendezvous {
             vcpus: vcpus.len(),
             spin: spin(vcpus.len() + 1),
+            crew: Crew::default(),
             order: AtomicU8::new(Order::Stop.to_u8()),
             runs: AtomicU64::new(0),
             drained: AtomicUsize::new(0),
@@ -223,16 +255,20 @@ impl VcpuThreads {
             stopper: Mutex::new(None),
             states: vcpus.iter().map(|_| Mutex::new(None)).collect(),
             events,
+            slowing: Arc::new(Slowing::new(vcpus.len())),
         });
-        let mut all = Self { shared, threads: Vec::new() };
+        let slower = Slower::new(Arc::clone(&shared.slowing));
+        let mut all = Self { shared, threads: Vec::new(), slower };
         for vcpu in vcpus {
             let immediate_exit = ImmediateExit::of(&vcpu.fd)?;
             let (shared, devices) = (Arc::clone(&all.shared), Arc::clone(devices));
             let own_flag = ImmediateExit::of(&vcpu.fd)?;
             let name = format!("vcpu{}", vcpu.index);
-            let runner = Runner { vcpu, shared, devices, immediate_exit: own_flag };
+            // Beside the first so many vCPUs, whoever stopped them has a processor, too.
+            let spin = spin(usize::from(vcpu.index) + 2);
+            let runner = Runner { vcpu, shared, devices, immediate_exit: own_flag, spin, rhythm: Rhythm::default() };
             let thread = std::thread::Builder::new().name(name).spawn(move || runner.live())?;
-            all.threads.push(VcpuThread { immediate_exit, thread: Some(thread) });
+            all.threads.push(Arc::new(VcpuThread { immediate_exit, thread: Mutex::new(Some(thread)) }));
         }
         Ok(all)
     }
@@ -256,6 +292,10 @@ impl VcpuThreads {
         *lock(&self.shared.stopper) = Some(std::thread::current());
         self.shared.give(Order::Stop);
         self.kick_all();
+        if self.shared.slowing.is_on() {
+            // Whoever rests gets up.
+            self.unpark_all();
+        }
         let deadline = Instant::now() + STOP_PATIENCE;
         let shared = &*self.shared;
         let all_parked = || shared.parked.load(Ordering::SeqCst) == shared.vcpus || shared.has_ended();
@@ -284,6 +324,14 @@ impl VcpuThreads {
         })
     }
 
+    /// Does all pieces of `work`, with the help of the stopped vCPUs' threads.
+    pub(crate) fn share(&self, pieces: usize, work: &(dyn Fn(usize) + Sync)) {
+        if pieces >= PIECES_WAKE {
+            self.unpark_all();
+        }
+        self.shared.crew.share(pieces, work);
+    }
+
     /// How long the slowest vCPU took to read its state in this stop.
     pub(crate) fn state_time(&self) -> Duration {
         self.shared
@@ -294,36 +342,42 @@ impl VcpuThreads {
             .unwrap_or_default()
     }
 
+    /// Slows the vCPUs from now on.
+    pub(crate) fn throttle(&mut self, throttle: Throttle) -> io::Result<()> {
+        let (shared, threads) = (Arc::clone(&self.shared), self.threads.clone());
+        let set = self.slower.set(throttle, move |vcpu| {
+            // Who is stopped finds its rhythm again when it runs on.
+            if shared.order() == Order::Run
+                && let Some(thread) = threads.get(vcpu)
+            {
+                thread.kick();
+            }
+        });
+        self.unpark_all();
+        set
+    }
+
     /// Ends the threads and waits for their end.
     pub(crate) fn end(&mut self) {
+        self.slower.end();
         self.shared.end("it was shut down".into());
         self.shared.give(Order::End);
         self.kick_all();
         self.unpark_all();
-        for t in &mut self.threads {
-            if let Some(thread) = t.thread.take()
-                && thread.join().is_err()
-            {
+        for t in &self.threads {
+            let thread = lock(&t.thread).take();
+            if thread.is_some_and(|thread| thread.join().is_err()) {
                 log::error!("a vCPU thread panicked");
             }
         }
     }
 
     fn kick_all(&self) {
-        for t in &self.threads {
-            t.immediate_exit.set(true);
-            if let Some(thread) = &t.thread
-                && let Err(error) = thread.kill(kick_signal())
-            {
-                log::debug!("a vCPU thread is gone: {error}");
-            }
-        }
+        self.threads.iter().for_each(|thread| thread.kick());
     }
 
     fn unpark_all(&self) {
-        for thread in self.threads.iter().filter_map(|t| t.thread.as_ref()) {
-            thread.thread().unpark();
-        }
+        self.threads.iter().for_each(|thread| thread.unpark());
     }
 }
 
@@ -339,14 +393,17 @@ struct Runner {
     shared: Arc<Rendezvous>,
     devices: Arc<Devices>,
     immediate_exit: ImmediateExit,
+    spin: Duration,
+    rhythm: Rhythm,
 }
 
 impl Runner {
     fn live(mut self) {
         let mut runs = 0;
         loop {
-            // Paused: waits for the order to run or to end.
-            wait_until(self.shared.spin, None, || {
+            // Paused: waits for the order to run or to end, and helps with what there is to do.
+            wait_until(self.spin, None, || {
+                self.shared.crew.help();
                 self.shared.runs.load(Ordering::SeqCst) != runs || self.shared.order() == Order::End
             });
             runs = self.shared.runs.load(Ordering::SeqCst);
@@ -358,9 +415,16 @@ impl Runner {
             self.immediate_exit.set(false);
             let mut drained = false;
             while self.shared.order() == Order::Run {
+                if self.shared.slowing.is_on() && !self.rest() {
+                    break;
+                }
                 match self.step() {
                     Ok(interrupted) => drained = interrupted,
                     Err(event) => return self.finish(event),
+                }
+                if drained {
+                    // It may be there for a rest only. The order is looked at after this, as at the beginning of a run.
+                    self.immediate_exit.set(false);
                 }
             }
             if self.shared.order() == Order::End {
@@ -370,6 +434,13 @@ impl Runner {
                 return self.finish(event);
             }
         }
+    }
+
+    /// Rests if it is time to; false when the vCPU is to stop.
+    fn rest(&mut self) -> bool {
+        let shared = &*self.shared;
+        self.rhythm.keep(self.vcpu.index, &shared.slowing, || shared.order() == Order::Run);
+        shared.order() == Order::Run
     }
 
     /// Enters the guest once and carries out the exit; true when KVM_RUN was interrupted instead.

@@ -1,12 +1,14 @@
 //! One HTTP request, bounded in time and size, which knows whether it may have been heard.
 
 use std::io::Read;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use ureq::config::Config;
 use ureq::tls::TlsConfig;
-use ureq::unversioned::resolver::DefaultResolver;
+use ureq::unversioned::resolver::{DefaultResolver, ResolvedSocketAddrs, Resolver};
 use ureq::unversioned::transport::{
     Buffers, ConnectionDetails, Connector, DefaultConnector, Either, NextTimeout, Transport,
 };
@@ -53,7 +55,7 @@ impl Http {
             .build();
         let sent = Arc::new(AtomicBool::new(false));
         let connector = DefaultConnector::new().chain(Noticing { sent: Arc::clone(&sent) });
-        Self { agent: Agent::with_parts(config, connector, DefaultResolver::default()), sent }
+        Self { agent: Agent::with_parts(config, connector, Addresses::default()), sent }
     }
 
     /// Carries out a request against `endpoint` (`http://host:port`).
@@ -89,6 +91,30 @@ fn read_reply(mut response: http::Response<Body>) -> Result<HttpReply, ureq::Err
 /// An error on one line, without anything that a terminal would act on.
 fn plain(error: &ureq::Error) -> String {
     error.to_string().chars().map(|c| if c.is_control() { ' ' } else { c }).take(300).collect()
+}
+
+/// Looks up names, and nothing else: an address is what it says. The library asks a thread of its own in either case, so that on a busy host a request to an
+/// address would wait for that thread to be scheduled, and fail when it is not in time.
+#[derive(Debug, Default)]
+struct Addresses {
+    names: DefaultResolver,
+}
+
+impl Resolver for Addresses {
+    fn resolve(
+        &self,
+        uri: &http::Uri,
+        config: &Config,
+        timeout: NextTimeout,
+    ) -> Result<ResolvedSocketAddrs, ureq::Error> {
+        let written = uri.scheme().zip(uri.authority()).and_then(|(s, a)| DefaultResolver::host_and_port(s, a));
+        let Some(address) = written.and_then(|written| written.parse::<SocketAddr>().ok()) else {
+            return self.names.resolve(uri, config, timeout);
+        };
+        let mut resolved = self.empty();
+        resolved.push(address);
+        Ok(resolved)
+    }
 }
 
 /// The last link of the connector's chain: whatever passes it is part of a request.

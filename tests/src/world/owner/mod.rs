@@ -6,11 +6,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use failover::RunPermit;
+use failover::config::CaptureStrategy;
 use failover::decide::{Action, GuestEnd, Input, LinkLoss};
 use failover::exit::ExitCode;
 use primary::bulk::{BaseCopy, blocks_to_look_at};
+use primary::capture::Capture;
+use primary::capture::precopy::Precopied;
 use primary::disk::{DiskCopy, OwnerDisks};
-use primary::epoch::{Afterwards, EpochParts};
+use primary::epoch::{Afterwards, Captured, EpochParts};
 use primary::host::{EPOCHS_IN_FLIGHT, Flow, wire_goodbye};
 use primary::mirror::Mirror;
 use primary::owner::course::{Course, Event as Told, Order};
@@ -20,7 +23,7 @@ use primary::setup::{facts, ram_layout};
 use primary::stream::{Stream, StreamEvent};
 use primary::verify::Verifier;
 use replication_proto::{Comparable, Epoch, Point, SenderConfig, Standing};
-use vmm::{Machine, PausedVm};
+use vmm::{Machine, PageBits, PausedVm, Throttle};
 
 mod runner;
 
@@ -28,6 +31,7 @@ use super::Nanos;
 use super::env::{Env, Event};
 use super::guest::SimMachine;
 use super::net::{ConnId, End, Packet};
+use super::on_write::SimOnWrite;
 use super::process::{Base, Beat, Ending};
 
 /// What the runner's thread is doing.
@@ -37,11 +41,33 @@ enum Doing {
     /// The base of this epoch is being copied.
     Copying { session: Session, first: Epoch, memory: Option<BaseCopy>, disks: Option<DiskCopy>, few: bool },
     /// One checkpoint after another.
-    Epochs { session: Session, pacer: Pacer },
+    Epochs { session: Session, pacer: Box<Pacer>, judged: Duration, phase: Phase },
     /// The guest is stopped; the link stays until a command needs it no longer.
     Stopped,
     /// The same, after the last checkpoint of a switchover: what still arrives for the guest is told to the backup.
     HandedOver,
+}
+
+/// Where the end of an epoch is.
+enum Phase {
+    /// The epoch goes on.
+    Running,
+    /// Pages were copied while the guest runs. The pause follows.
+    Precopied(Precopied),
+    /// Its pages are protected, and copied while the guest runs.
+    Copying(Captured, Taking),
+    /// The guest stands still until this epoch is committed.
+    Waiting(Taking),
+}
+
+/// A checkpoint that is being taken.
+#[derive(Clone, Copy)]
+struct Taking {
+    epoch: Epoch,
+    began: Duration,
+    waited_since: Option<Duration>,
+    afterwards: Afterwards,
+    waits: bool,
 }
 
 /// One session's connections.
@@ -90,6 +116,13 @@ impl OwnerPart {
             base_share: 1.0,
             verifier: Arc::new(Verifier::new(Vec::new())),
             disks: base.disks.as_ref().map_or_else(|| Arc::new(OwnerDisks::none()), |disks| Arc::clone(&disks.owner)),
+            capture: match base.capture {
+                (CaptureStrategy::CopyOnWrite, precopy) => {
+                    let strategy = SimOnWrite::new(machine.watch().clone(), machine.ram().clone());
+                    Capture::with(Box::new(strategy), precopy)
+                }
+                (strategy, precopy) => Capture::new(strategy, precopy),
+            },
         };
         Self {
             course: Course::new(base.retry, last),
@@ -285,6 +318,7 @@ impl OwnerPart {
             link.stream.give_up();
             env.hang_up(link.data, End::Caller);
             self.inbox.push_back(Told::Closed(link.session, loss));
+            self.let_run_on();
             base.rouse(env);
         }
     }
@@ -317,6 +351,9 @@ impl OwnerPart {
     /// The guest's own work.
     pub fn guest_works(&mut self, base: &mut Base, env: &mut Env) {
         if self.machine.is_running() {
+            if !matches!(self.doing, Doing::Epochs { .. }) && !self.machine.throttle_in_force().is_none() {
+                env.ghost.broken("G7", format!("{} is slowed and not protected", base.me));
+            }
             base.set_clock(env.now);
             let (pages, speaks) = (env.dirty_pages(), env.rng.range(0, 4) == 0);
             self.machine.work(pages, speaks);
@@ -373,11 +410,30 @@ impl OwnerPart {
     /// Protection cannot go on.
     fn fail(&mut self, why: &str, base: &mut Base, env: &mut Env) {
         env.note(|| format!("{} cannot protect: {why}", base.me));
-        self.doing = Doing::Nothing;
+        self.does(Doing::Nothing);
         self.parts.disks.end_log();
         self.close_link(LinkLoss::Local, base, env);
-        self.inbox.push_back(Told::ProtectionFailed);
+        self.inbox.push_back(Told::ProtectionFailed(LinkLoss::Local));
         base.rouse(env);
+    }
+
+    /// Something else is done from now on. A guest that waited for a commit waits no longer, and what was taken of an unfinished epoch is given back.
+    fn does(&mut self, doing: Doing) {
+        self.let_run_on();
+        self.doing = doing;
+        // Whatever could not keep up is no matter any more.
+        self.machine.throttle(Throttle::NONE).expect("the simulated guest can be slowed");
+    }
+
+    /// A guest that waits for a commit runs on, unless it was stopped for another reason meanwhile.
+    fn let_run_on(&mut self) {
+        if let Doing::Epochs { phase: phase @ Phase::Waiting(_), .. } = &mut self.doing {
+            *phase = Phase::Running;
+            if !self.stopped && self.permit.is_some() {
+                // A guest that has ended meanwhile stays so.
+                self.machine.run().ok();
+            }
+        }
     }
 
     fn run(&mut self) {
@@ -439,7 +495,7 @@ impl OwnerPart {
                     BaseCopy::begin(&mut self.machine, self.parts.tracking, link.standing.warm_memory)
                         .expect("the simulated dirty log can be switched on")
                 });
-                self.doing = Doing::Copying { session, first, memory, disks, few: false };
+                self.does(Doing::Copying { session, first, memory, disks, few: false });
                 // What was planned for another session wakes nobody in this one.
                 self.runner_at = None;
                 if begun.is_err() {
@@ -454,8 +510,8 @@ impl OwnerPart {
                         env.hang_up(link.data, End::Caller);
                     }
                     link.beat.close(env);
+                    self.does(Doing::Nothing);
                     self.check_dirty(&link, base, env);
-                    self.doing = Doing::Nothing;
                     self.parts.disks.end_log();
                     self.course.epoch_used(self.last);
                 }
@@ -482,7 +538,7 @@ impl OwnerPart {
     fn check_dirty(&self, link: &Link, base: &Base, env: &mut Env) {
         if let Some(first) = link.first {
             // Dropped again at once: it gives its pages back.
-            let owed = self.machine.ledger().take(&[]).iter().fold(0, |bits, page| bits | 1 << page.0);
+            let owed = self.machine.ledger().take(PageBits::default()).iter().fold(0, |bits, page| bits | 1 << page.0);
             env.ghost.disconnected(base.who, first.0, link.acked.0, owed);
         }
     }
@@ -502,9 +558,10 @@ impl OwnerPart {
             Action::OpenOutput => base.gate.open(),
             Action::TrustAcks { backup: _ } => base.gate.release_on_commit(),
             Action::PauseGuest => {
+                self.finish_copying(base, env);
                 self.stop();
                 if matches!(self.doing, Doing::Epochs { .. }) {
-                    self.doing = Doing::Stopped;
+                    self.does(Doing::Stopped);
                 }
             }
             Action::ResumeGuest => self.run(),
@@ -515,7 +572,10 @@ impl OwnerPart {
                 self.run();
             }
             Action::BeginSwitchover => match &self.doing {
-                Doing::Epochs { .. } => self.end_epoch(Afterwards::StaysStopped, base, env),
+                Doing::Epochs { .. } => {
+                    self.finish_copying(base, env);
+                    self.end_epoch(Afterwards::StaysStopped, base, env);
+                }
                 _ => env.note(|| "a last checkpoint came too late for its link".into()),
             },
             Action::Exit(code) => return Some(code),
