@@ -70,6 +70,7 @@ pub struct Run {
 /// # Errors
 /// The first thing that goes wrong.
 pub fn run(plan: &Plan, artifacts: &Artifacts, mut progress: impl FnMut(&str)) -> Result<Report, BenchError> {
+    let machine = host_description();
     let mut runs: Vec<Vec<Run>> = vec![Vec::new(); plan.shares.len()];
     for round in 1..=plan.rounds {
         for (share, runs) in plan.shares.iter().zip(&mut runs) {
@@ -86,7 +87,7 @@ pub fn run(plan: &Plan, artifacts: &Artifacts, mut progress: impl FnMut(&str)) -
         runs,
     });
     let (memory, filled_pages, rows) = (plan.memory.clone(), plan.filled_pages, rows.collect());
-    Ok(Report { schema: SCHEMA.into(), machine: host_description(), memory, filled_pages, rows })
+    Ok(Report { schema: SCHEMA.into(), machine, memory, filled_pages, rows })
 }
 
 fn one(plan: &Plan, share: &str, artifacts: &Artifacts) -> Result<Run, BenchError> {

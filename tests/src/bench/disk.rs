@@ -120,6 +120,7 @@ enum Mode {
 /// # Errors
 /// The first thing that goes wrong.
 pub fn run(plan: &Plan, mut progress: impl FnMut(&str)) -> Result<Report, BenchError> {
+    let machine = host_description();
     let loads: Vec<Load> = LOADS.into_iter().filter(|load| load.name.contains(&plan.only)).collect();
     if loads.is_empty() {
         let names = LOADS.map(|load| load.name).join("; ");
@@ -160,7 +161,7 @@ pub fn run(plan: &Plan, mut progress: impl FnMut(&str)) -> Result<Report, BenchE
     let rows = loads.iter().zip(&samples).zip(repeated).map(|((load, samples), repeated)| row(load, samples, repeated));
     Ok(Report {
         schema: SCHEMA.into(),
-        machine: host_description(),
+        machine,
         disk_bytes: plan.disk_bytes,
         epoch: plan.epoch.clone(),
         runs: plan.runs,

@@ -155,6 +155,8 @@ pub struct Run {
 /// # Errors
 /// The first thing that goes wrong.
 pub fn run(plan: &Plan, artifacts: &Artifacts, mut progress: impl FnMut(&str)) -> Result<Report, BenchError> {
+    // Before all threads of this process are on one processor, which is then all that it sees.
+    let machine = host_description();
     processors::pin(std::process::id(), Threads::Others, plan.other_processor)?;
     let ways: &[bool] = if plan.plain { &[true, false] } else { &[true] };
     let spans = std::iter::once(plan.span).chain(std::iter::repeat(plan.other_span));
@@ -188,7 +190,7 @@ pub fn run(plan: &Plan, artifacts: &Artifacts, mut progress: impl FnMut(&str)) -
             rows.push(row(case, *hot_pages, plan.span_of(span, *hot_pages), rounds));
         }
     }
-    Ok(Report { schema: SCHEMA.into(), machine: host_description(), rows })
+    Ok(Report { schema: SCHEMA.into(), machine, rows })
 }
 
 fn way(hot_pages: bool) -> &'static str {

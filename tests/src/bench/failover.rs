@@ -60,6 +60,7 @@ pub struct Row {
 /// # Errors
 /// The demo failed: something was lost, or could not be measured.
 pub fn run(plan: &Plan, demo: &Path, mut progress: impl FnMut(&str)) -> Result<Report, BenchError> {
+    let machine = host_description();
     let dir = tempfile::tempdir().map_err(host("a directory"))?;
     let mut rows = Vec::new();
     for kill in &plan.kills {
@@ -69,7 +70,7 @@ pub fn run(plan: &Plan, demo: &Path, mut progress: impl FnMut(&str)) -> Result<R
         rows.push(row(kill, &document)?);
     }
     let (epoch, dirty_pages_per_second) = (plan.epoch.clone(), plan.dirty_rate);
-    Ok(Report { schema: SCHEMA.into(), machine: host_description(), epoch, dirty_pages_per_second, rows })
+    Ok(Report { schema: SCHEMA.into(), machine, epoch, dirty_pages_per_second, rows })
 }
 
 fn kills(plan: &Plan, kill: &str, demo: &Path, json: &PathBuf) -> Result<Value, BenchError> {

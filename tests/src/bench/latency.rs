@@ -68,6 +68,7 @@ pub struct Run {
 /// # Errors
 /// The first thing that goes wrong.
 pub fn run(plan: &Plan, artifacts: &Artifacts, mut progress: impl FnMut(&str)) -> Result<Report, BenchError> {
+    let machine = host_description();
     plan.modes.iter().try_for_each(|mode| mode.check(artifacts))?;
     let mut runs: Vec<(Vec<Run>, Vec<f64>)> = vec![Default::default(); plan.modes.len()];
     for round in 1..=plan.rounds {
@@ -91,7 +92,7 @@ pub fn run(plan: &Plan, artifacts: &Artifacts, mut progress: impl FnMut(&str)) -
     });
     Ok(Report {
         schema: SCHEMA.into(),
-        machine: host_description(),
+        machine,
         seconds_per_run: plan.span.as_secs_f64(),
         dirty_pages_per_second: plan.dirty_pages_per_second,
         rows: rows.collect(),

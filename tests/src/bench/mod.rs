@@ -87,11 +87,11 @@ pub(crate) fn host<E: Into<std::io::Error>>(what: &'static str) -> impl FnOnce(E
     move |source| BenchError::Host { what, source: source.into() }
 }
 
-/// Processors, kernel and load of this host.
+/// Processors and kernel of this host, and how busy it is before anything of ours runs.
 pub(crate) fn host_description() -> String {
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
-    let load = load.split(' ').next().unwrap_or("unknown").to_owned();
-    format!("{processors} processors, Linux {}, load average {load}", kernel.trim_end())
+    let busy =
+        processors::share_busy().map_or_else(|_| "unknown".to_owned(), |share| format!("{:.0} %", share * 100.0));
+    format!("{processors} processors, Linux {}, busy before: {busy}", kernel.trim_end())
 }

@@ -115,6 +115,7 @@ struct Case {
 /// # Errors
 /// The first thing that goes wrong: no KVM, a guest that does not boot, a checkpoint that is not one.
 pub fn run(grid: &Grid, kernel: &Path, mut progress: impl FnMut(&str)) -> Result<Report, BenchError> {
+    let machine = host_description();
     let mut cases = Vec::new();
     for &vcpus in &grid.vcpus {
         for &memory_bytes in &grid.memory_bytes {
@@ -133,7 +134,7 @@ pub fn run(grid: &Grid, kernel: &Path, mut progress: impl FnMut(&str)) -> Result
     let rows: Vec<Row> = cases.iter().zip(&runs).map(|(case, runs)| summary(grid, *case, runs)).collect();
     let comparisons = compare(&rows);
     let hot_pages = grid.tracking == Tracking::HotPages;
-    Ok(Report { schema: SCHEMA.into(), machine: host_description(), hot_pages, rows, comparisons })
+    Ok(Report { schema: SCHEMA.into(), machine, hot_pages, rows, comparisons })
 }
 
 fn one(grid: &Grid, kernel: &Path, case: Case) -> Result<Run, BenchError> {

@@ -1,7 +1,7 @@
 //! Who runs on which processor, and for how long. What the kernel does not say is an error: these benchmarks are about nothing else.
 
 use std::fs;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::thread::{CpuSet, Pid, sched_setaffinity};
 
@@ -9,6 +9,9 @@ use super::{BenchError, host};
 
 /// Length of the kernel's clock tick in `/proc/stat`: `USER_HZ` is 100 on every architecture that this runs on.
 const TICK: Duration = Duration::from_millis(10);
+
+/// How long [`share_busy`] looks: some tens of ticks.
+const LOOK: Duration = Duration::from_millis(400);
 
 /// Threads of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,6 +93,19 @@ impl Used {
 pub fn busy(processor: usize) -> Result<Duration, BenchError> {
     let text = fs::read_to_string("/proc/stat").map_err(host("/proc/stat"))?;
     busy_in(&text, processor).ok_or_else(|| BenchError::Wrong(format!("/proc/stat has no processor {processor}")))
+}
+
+/// How much of all processors' time is used at the moment, by whomever: looked at for a part of a second.
+///
+/// # Errors
+/// The kernel does not say.
+pub fn share_busy() -> Result<f64, BenchError> {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    let all = || (0..processors).map(busy).sum::<Result<Duration, BenchError>>();
+    let (before, began) = (all()?, Instant::now());
+    std::thread::sleep(LOOK);
+    let used = all()?.saturating_sub(before);
+    Ok(used.as_secs_f64() / (began.elapsed().as_secs_f64() * processors as f64))
 }
 
 fn busy_in(stat: &str, processor: usize) -> Option<Duration> {

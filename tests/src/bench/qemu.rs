@@ -101,6 +101,7 @@ pub struct Run {
 /// # Errors
 /// The first thing that goes wrong.
 pub fn run(plan: &Plan, image: &Path, mut progress: impl FnMut(&str)) -> Result<Report, BenchError> {
+    let machine = host_description();
     tools::require("qemu-system-x86_64")?;
     let mut rows: Vec<Vec<Run>> = vec![Vec::new(); plan.pages.len()];
     for number in 1..=plan.runs {
@@ -116,7 +117,7 @@ pub fn run(plan: &Plan, image: &Path, mut progress: impl FnMut(&str)) -> Result<
     }
     let rows = plan.pages.iter().zip(rows).map(|(&pages, runs)| row(pages, runs)).collect();
     let memory_bytes = MEMORY_MIB << 20;
-    Ok(Report { schema: SCHEMA.into(), machine: host_description(), qemu: version()?, memory_bytes, rows })
+    Ok(Report { schema: SCHEMA.into(), machine, qemu: version()?, memory_bytes, rows })
 }
 
 fn row(wanted_pages: u32, runs: Vec<Run>) -> Row {

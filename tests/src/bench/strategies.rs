@@ -89,6 +89,7 @@ fn modes(plan: &Plan) -> Vec<Mode> {
 /// # Errors
 /// This build does not know a strategy; else the first thing that goes wrong.
 pub fn run(plan: &Plan, artifacts: &Artifacts, mut progress: impl FnMut(&str)) -> Result<Report, BenchError> {
+    let machine = host_description();
     let modes = modes(plan);
     modes.iter().try_for_each(|mode| mode.check(artifacts))?;
     let cases: Vec<(u32, &Mode)> =
@@ -107,7 +108,7 @@ pub fn run(plan: &Plan, artifacts: &Artifacts, mut progress: impl FnMut(&str)) -
     let rows = cases.iter().zip(runs).map(|((rate, mode), runs)| row(*rate, mode, runs)).collect();
     Ok(Report {
         schema: SCHEMA.into(),
-        machine: host_description(),
+        machine,
         epoch: plan.epoch.clone(),
         buffer_pages: plan.buffer_pages,
         seconds_per_run: plan.span.as_secs_f64(),
@@ -120,7 +121,9 @@ fn one(plan: &Plan, dirty_rate: u32, mode: &Mode, artifacts: &Artifacts) -> Resu
     let mut client = bench.connect()?;
     order(&mut client, &["FT.DIRTY", &dirty_rate.to_string(), &plan.buffer_pages.to_string()])?;
     let waits = replies(&mut client, plan.span)?;
-    let throughput::Run { requests_per_second, checkpoints, .. } = throughput::one(&bench, PIPELINE, plan.span)?;
+    // Before the second load, which dirties pages of its own.
+    let checkpoints = Checkpoints::of(&bench.status()?);
+    let throughput::Run { requests_per_second, .. } = throughput::one(&bench, PIPELINE, plan.span)?;
     Ok(Run { reply_us: Spread::of_us(waits.into_iter()), requests_per_second, checkpoints })
 }
 

@@ -38,6 +38,8 @@ const ARENA_BYTES: usize = 1 << 30;
 const HELD_BYTES: usize = 64 << 20;
 const PATIENCE: Duration = Duration::from_secs(30);
 const KV_PORT: u16 = 6379;
+/// Pages side by side that are a buffer.
+const ROW: usize = 64;
 
 /// A way out that leads nowhere, but for the client that sets the load.
 struct Sink(Sender<Vec<u8>>);
@@ -119,7 +121,7 @@ impl Subject {
         let mut subject = Self { machine, parts, vcpus, ended: 0, interval, pulse: Pulse(0) };
         let (first, _) = subject.end_epoch()?;
         let words = |page: &PageIndex| (page.0 * 4096..(page.0 + 1) * 4096).step_by(8);
-        let places: Vec<u64> = first.pages.indexes.iter().flat_map(words).collect();
+        let places: Vec<u64> = scattered(&first.pages.indexes).iter().flat_map(words).collect();
         subject.retire(first);
         let ram = subject.machine.ram();
         subject.pulse = Pulse::find(&places, |place| word(ram, place))?;
@@ -199,6 +201,13 @@ impl Subject {
     }
 }
 
+/// Pages that are no part of a long row: the load's buffer is one, and where the guest computes is not in it. All of them if nothing else is left.
+fn scattered(pages: &[PageIndex]) -> Vec<PageIndex> {
+    let rows = pages.chunk_by(|one, next| one.0 + 1 == next.0);
+    let short: Vec<PageIndex> = rows.filter(|row| row.len() < ROW).flatten().copied().collect();
+    if short.is_empty() { pages.to_vec() } else { short }
+}
+
 /// A word of guest RAM, which the guest may be writing.
 ///
 /// # Panics
@@ -231,5 +240,20 @@ fn labels() -> Labels {
         pace: failover::config::EpochPace::Fixed(Duration::from_millis(25)),
         output_limit: 64 << 20,
         insecure_link: false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_buffer_is_left_out() {
+        let pages = |numbers: &[u64]| numbers.iter().map(|&number| PageIndex(number)).collect::<Vec<_>>();
+        let buffer = 100..100 + u64::try_from(ROW).unwrap();
+        let all: Vec<u64> = [1, 2, 7].into_iter().chain(buffer.clone()).chain([900]).collect();
+        assert_eq!(scattered(&pages(&all)), pages(&[1, 2, 7, 900]));
+        let only: Vec<u64> = buffer.collect();
+        assert_eq!(scattered(&pages(&only)), pages(&only));
     }
 }

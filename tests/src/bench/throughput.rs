@@ -71,6 +71,7 @@ pub struct Run {
 /// # Errors
 /// The first thing that goes wrong.
 pub fn run(plan: &Plan, artifacts: &Artifacts, mut progress: impl FnMut(&str)) -> Result<Report, BenchError> {
+    let machine = host_description();
     tools::require("redis-benchmark")?;
     plan.modes.iter().try_for_each(|mode| mode.check(artifacts))?;
     let mut runs = vec![vec![Vec::new(); plan.pipelines.len()]; plan.modes.len()];
@@ -97,7 +98,7 @@ pub fn run(plan: &Plan, artifacts: &Artifacts, mut progress: impl FnMut(&str)) -
         }
     }
     let seconds_per_run = plan.span.as_secs_f64();
-    Ok(Report { schema: SCHEMA.into(), machine: host_description(), seconds_per_run, rows })
+    Ok(Report { schema: SCHEMA.into(), machine, seconds_per_run, rows })
 }
 
 /// One run of `redis-benchmark` that takes about so long: a short one before tells how many requests these are.

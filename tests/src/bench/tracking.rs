@@ -140,6 +140,7 @@ struct Round {
 /// # Errors
 /// The first thing that goes wrong: no KVM, a method that finds other pages than were written.
 pub fn run(plan: &Plan, mut progress: impl FnMut(&str)) -> Result<Report, BenchError> {
+    let machine = host_description();
     let mut cases = Vec::new();
     for &pages in &plan.pages {
         cases.extend(Method::ALL.map(|method| (method, pages)));
@@ -166,7 +167,7 @@ pub fn run(plan: &Plan, mut progress: impl FnMut(&str)) -> Result<Report, BenchE
     });
     Ok(Report {
         schema: SCHEMA.into(),
-        machine: host_description(),
+        machine,
         memory_bytes: plan.memory_bytes,
         samples: plan.samples,
         runs: plan.runs,

@@ -169,6 +169,7 @@ impl Findings for Report {
 /// # Errors
 /// See [`BenchError`].
 pub fn run(plan: &Plan, progress: impl Fn(&str)) -> Result<Report, BenchError> {
+    let machine = host_description();
     let cases: Vec<_> = Change::ALL.into_iter().flat_map(|change| [(change, false), (change, true)]).collect();
     let mut runs = vec![Vec::new(); cases.len()];
     for round in 1..=plan.rounds {
@@ -184,7 +185,7 @@ pub fn run(plan: &Plan, progress: impl Fn(&str)) -> Result<Report, BenchError> {
         cpu_us_per_page: median(runs.iter().map(|run| run.cpu_us_per_page).collect()),
         commit_us: Spread::of_runs(runs.iter().map(|run| run.commit_us)),
     });
-    Ok(Report { schema: SCHEMA.into(), machine: host_description(), pages: plan.pages, lines: lines.collect() })
+    Ok(Report { schema: SCHEMA.into(), machine, pages: plan.pages, lines: lines.collect() })
 }
 
 #[derive(Clone)]

@@ -10,12 +10,15 @@ use tests::bench::epochs::Case;
 use tests::bench::pairs::Mode;
 use tests::bench::table::Findings;
 use tests::bench::{
-    base, disk, epochs, failover, latency, pause, qemu, report, strategies, throughput, tracking, wire,
+    base, disk, epochs, failover, latency, pause, processors, qemu, report, strategies, throughput, tracking, wire,
 };
 use tests::machine::demo_guest;
 use tests::real::MachineKind;
 use tests::real::artifacts::Artifacts;
 use vmm::Tracking;
+
+/// A host of which more is used by others is not quiet.
+const QUIET: f64 = 0.1;
 
 /// Measures the system on this host.
 #[derive(Parser)]
@@ -258,6 +261,11 @@ fn main() -> ExitCode {
 }
 
 fn measure(Cli { what, json }: Cli) -> anyhow::Result<()> {
+    if let Ok(share) = processors::share_busy()
+        && share > QUIET
+    {
+        eprintln!("others use {:.0} % of this host's processors: that will be measured, too", share * 100.0);
+    }
     match what {
         What::Wire { pages, epochs, rounds } => {
             tell(&wire::run(&wire::Plan { pages, epochs, rounds }, progress)?, json)
