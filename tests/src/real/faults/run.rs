@@ -110,21 +110,21 @@ struct Runner<'a> {
 }
 
 impl Runner<'_> {
-    fn round(&mut self, slot: &mut Option<Stage>) -> Result<Round> {
-        let mut rng = Rng::new(mix(self.options.seed ^ mix(self.round)));
+    /// Sets a pair up where there is none.
+    fn set_stage(&mut self, slot: &mut Option<Stage>, rng: &mut Rng) -> Result<()> {
         if slot.is_none() {
             self.values.clear();
             self.era += 1;
-            let files = self.options.files.clone();
-            *slot = Some(Stage::set(
-                self.artifacts,
-                (self.options.machine, &self.options.epoch),
-                files,
-                rng.next_u64(),
-                self.era,
-            )?);
+            let (machine, files) = ((self.options.machine, &*self.options.epoch), self.options.files.clone());
+            *slot = Some(Stage::set(self.artifacts, machine, files, rng.next_u64(), self.era)?);
             self.report.pairs += 1;
         }
+        Ok(())
+    }
+
+    fn round(&mut self, slot: &mut Option<Stage>) -> Result<Round> {
+        let mut rng = Rng::new(mix(self.options.seed ^ mix(self.round)));
+        self.set_stage(slot, &mut rng)?;
         let stage = slot.as_mut().expect("set above");
         let quiet = rng.range(0, 4) == 0;
         self.dirty(stage, &mut rng)?;
