@@ -252,7 +252,8 @@ impl Receiver {
         })
     }
 
-    /// Answers what was asked first and not answered: which of the pieces are wanted. Pages that are not wanted are here.
+    /// Answers what was asked first and not answered: which of the pieces are wanted. Pages that are not wanted are here. After a goodbye nobody waits for
+    /// it, and nothing is said.
     ///
     /// # Errors
     /// [`ApiMisuse`] if something else is due.
@@ -261,13 +262,14 @@ impl Receiver {
             if this.silent || this.asked.pop_front() != Some((answer.of, answer.first, answer.wanted.len())) {
                 return Err(ApiMisuse::State { needs: "the question that is answered, first of all" }.into());
             }
+            // A checkpoint ends only when all is answered; a goodbye may come at any time.
+            let Phase::Checkpoint(Checkpoint { epoch, .. }) = this.phase else { return Ok(()) };
             if answer.of == Comparable::Memory {
                 for (page, _) in (answer.first..).zip(&answer.wanted).filter(|(_, wanted)| !**wanted) {
                     let position = this.ram.position(PageIndex(page)).expect("questions are checked when they come");
                     this.came.insert(position);
                 }
             }
-            let epoch = this.phase.checkpoint().epoch;
             this.writer.frame(MessageType::Wanted, epoch, &disk::put_wanted(answer), &[]);
             Ok(())
         })

@@ -10,7 +10,7 @@ use tests::real::client::{Writer, WriterConfig};
 use tests::real::counters::Counters;
 use tests::real::pair::{Pair, PairOptions};
 use tests::real::scene::Scene;
-use tests::real::{Error, Node, Result};
+use tests::real::{Error, Node, Result, clock};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 const TAKEOVER_LIMIT: Duration = Duration::from_secs(20);
@@ -20,7 +20,15 @@ const AFTER: Duration = Duration::from_secs(1);
 /// Not a measurement: hosts that run tests are busy, and a digest of all of RAM is in each pause.
 const GAP_LIMIT: Duration = Duration::from_secs(6);
 
-on_both_machines!(postponed, postponed_after_precopy, stop_and_copy, copy_on_write, copy_on_write_after_precopy, auto);
+on_both_machines!(
+    postponed,
+    postponed_after_precopy,
+    stop_and_copy,
+    stop_and_copy_waits_for_nobody_who_is_gone,
+    copy_on_write,
+    copy_on_write_after_precopy,
+    auto
+);
 
 fn postponed(scene: &mut Scene) -> Result<()> {
     let capture = outlives_a_kill(scene, "postponed", "never")?;
@@ -40,6 +48,27 @@ fn postponed_after_precopy(scene: &mut Scene) -> Result<()> {
 
 fn stop_and_copy(scene: &mut Scene) -> Result<()> {
     outlives_a_kill(scene, "stop-and-copy", "auto").map(drop)
+}
+
+/// An order ends the wait for a commit, and so does the death of the backup: the guest is moved, and then runs on alone.
+fn stop_and_copy_waits_for_nobody_who_is_gone(scene: &mut Scene) -> Result<()> {
+    let epoch = "25ms capture=stop-and-copy".into();
+    let options = PairOptions { epoch, memory: "64MiB".into(), ..scene.patient_options() };
+    let pair = scene.protected(&options)?;
+    let writer = pair.start_writer(WriterConfig { seed: 6, patience: PATIENCE, ..WriterConfig::default() })?;
+    thread::sleep(BEFORE);
+    pair.wait_protected(Node::A, PATIENCE)?;
+    pair.ftctl(Node::A, &["failover", "--yes", "--wait"])?.success("ftctl failover")?;
+    pair.wait_protected(Node::B, TAKEOVER_LIMIT)?;
+    wait_for_work(&writer, clock::mono_us())?;
+    pair.kill(Node::A)?;
+    pair.wait_state(Node::B, "solo", TAKEOVER_LIMIT)?;
+    wait_for_work(&writer, clock::mono_us())?;
+    let report = writer.finish(pair.network().client());
+    assert_eq!(report.connection_error, None);
+    assert!(report.same.complete(report.acks.len()), "{:?}", report.same);
+    assert!(report.fresh.complete(report.acks.len()), "{:?}", report.fresh);
+    Ok(())
 }
 
 fn copy_on_write(scene: &mut Scene) -> Result<()> {

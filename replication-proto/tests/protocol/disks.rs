@@ -3,8 +3,8 @@
 use bytes::Bytes;
 use replication_proto::limits::{MAX_DISK_CHANGE_BYTES, MAX_QUESTIONS};
 use replication_proto::{
-    ApiMisuse, CheckpointKind, Comparable, DiskChange, DiskContent, Epoch, LinkError, PageIndex, PieceHashes,
-    PiecesWanted, Sender, SenderEvent, Verified, piece_hash,
+    ApiMisuse, CheckpointKind, Comparable, DiskChange, DiskContent, Epoch, GoodbyeReason, LinkError, PageIndex,
+    PieceHashes, PiecesWanted, Sender, SenderEvent, Verified, piece_hash,
 };
 
 use crate::support::{self, Backup, DISKS, Forge, drain, page, receiver_config, sender_config, session, standing};
@@ -129,6 +129,19 @@ fn equal_pages_need_not_be_sent() {
     sender.end(false).unwrap();
     exchange(&mut sender, &mut backup);
     assert_eq!(backup.last_committed(), Some(Epoch(7)));
+}
+
+/// An operator pauses protection while a base is copied, and a slow disk's answer comes after the goodbye.
+#[test]
+fn an_answer_after_a_goodbye_is_nobodys_business() {
+    let (mut sender, mut backup) = greeted();
+    sender.begin(Epoch(7), CheckpointKind::Base).unwrap();
+    sender.hashes(&PieceHashes { of: Comparable::Memory, first: 0, hashes: vec![0; 3] }).unwrap();
+    sender.goodbye(GoodbyeReason::Restarting, "").unwrap();
+    exchange(&mut sender, &mut backup);
+    let answer = PiecesWanted { of: Comparable::Memory, first: 0, wanted: vec![false, true, false] };
+    backup.receiver.wanted(&answer).unwrap();
+    assert!(backup.answers().is_empty());
 }
 
 #[test]
