@@ -7,13 +7,14 @@
 use std::time::Duration;
 
 use failover::arbiter::NodeRef;
-use failover::config::{EpochPace, Overload};
+use failover::config::EpochPace;
 use failover::decide::{ColdStart, CoreConfig, CoreTimers, Input, OnBackupLoss, Rejoin, Role, StateName, Ticket};
 use failover::status::{Labels, NodeRole, StatusBoard};
 use primary::pacer::{OverloadRules, Rules};
 use replication_proto::{Incarnation, NodeName, Point, VmId};
 
 mod clients;
+mod draw;
 pub mod env;
 pub mod faults;
 pub mod guest;
@@ -129,9 +130,9 @@ impl Plan {
         kinds.extend(Kind::LATER.into_iter().filter(|_| later.range(0, 4) == 0));
         Self {
             seed,
-            pace: draw_pace(seed, Duration::from_millis(pick(&mut rng, &[1, 1, 2, 5, 10, 25]))),
-            overload: draw_overload(seed),
-            link_rate: draw_link_rate(seed),
+            pace: draw::pace(seed, Duration::from_millis(pick(&mut rng, &[1, 1, 2, 5, 10, 25]))),
+            overload: draw::overload(seed),
+            link_rate: draw::link_rate(seed),
             on_backup_loss: if rng.range(0, 8) == 0 { OnBackupLoss::Hold } else { OnBackupLoss::Solo },
             rejoin: match mix(seed ^ 0x7e) % 4 {
                 0 => Rejoin::AtOnce,
@@ -173,36 +174,6 @@ impl Plan {
             ..Self::draw(seed)
         }
     }
-}
-
-/// Half of the worlds have epochs of a fixed length, the others such as follow the work. A chance of its own: the other draws of a seed do not depend on it.
-fn draw_pace(seed: u64, interval: Duration) -> EpochPace {
-    let mut rng = Rng::new(mix(seed ^ 0x9ace));
-    match rng.range(0, 6) {
-        0..3 => EpochPace::Fixed(interval),
-        3..5 => EpochPace::Latency(interval.max(Duration::from_millis(2))),
-        _ => {
-            let share = ["1%", "10%", "40%"][usize::try_from(rng.range(0, 3)).expect("small")];
-            EpochPace::Overhead(share.to_owned().try_into().expect("a share"))
-        }
-    }
-}
-
-/// A third of the worlds each. A chance of its own, as that of the pace.
-fn draw_overload(seed: u64) -> OverloadRules {
-    let mut rng = Rng::new(mix(seed ^ 0x0e_7e));
-    let policies = [Overload::Lengthen, Overload::Throttle, Overload::Drop];
-    OverloadRules {
-        policy: policies[usize::try_from(rng.range(0, 3)).expect("small")],
-        patience: Duration::from_millis(rng.range(500, 5_000)),
-        max_hold: Duration::from_secs(1),
-    }
-}
-
-/// One world in six has a link that is too narrow for its guest.
-fn draw_link_rate(seed: u64) -> u64 {
-    let mut rng = Rng::new(mix(seed ^ 0x11_4c));
-    if rng.range(0, 6) == 0 { rng.range(20_000, 200_000) } else { 0 }
 }
 
 /// What became of a world.
