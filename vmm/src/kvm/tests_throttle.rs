@@ -29,13 +29,13 @@ fn a_throttled_guest_gets_its_part_of_the_time() {
     let mut bench = loaded(COUNTING, 1);
     bench.machine.run().unwrap();
     eventually("the guest counts", || counter(&bench.machine) > 1000);
-    let (mut free, mut slowed) = (0, 0);
+    let (mut free, mut slowed) = (0, u32::MAX);
     for _ in 0..5 {
-        free += counted(&mut bench, Throttle::NONE);
-        slowed += counted(&mut bench, Throttle::percent(90));
+        free = free.max(counted(&mut bench, Throttle::NONE));
+        slowed = slowed.min(counted(&mut bench, Throttle::percent(90)));
     }
-    // A tenth is what it should be. On a busy host either may have waited for a processor.
-    assert!(slowed > 0 && slowed < free / 3, "{slowed} slowed, {free} not");
+    // A tenth is what it should be, in the best of some moments: on a busy host any may have waited for a processor.
+    assert!(slowed < free / 4, "{slowed} slowed, {free} not");
     bench.machine.throttle(Throttle::NONE).unwrap();
     let before = counter(&bench.machine);
     eventually("the guest counts on", || counter(&bench.machine) > before);
@@ -50,21 +50,25 @@ fn a_resting_guest_stops_at_once_and_goes_on_resting_afterwards() {
         let mut bench = loaded(COUNTING, vcpus);
         bench.machine.run().unwrap();
         eventually("the guest counts", || counter(&bench.machine) > 1000);
-        let free = counted(&mut bench, Throttle::NONE);
-        bench.machine.throttle(Throttle::MOST).unwrap();
         let rest = Throttle::MOST.rest_after(Throttle::MOST.run());
-        let (before, began, mut stops) = (counter(&bench.machine), Instant::now(), Vec::new());
-        // As epochs that are much shorter than a rest.
-        for _ in 0..50 {
-            std::thread::sleep(Duration::from_millis(4));
-            let began = Instant::now();
-            let paused = PausedVm::pause(&mut bench.machine).unwrap();
-            stops.push(began.elapsed());
-            drop(paused);
+        let (mut free, mut slowed, mut stops) = (0, f64::MAX, Vec::new());
+        for _ in 0..5 {
+            free = free.max(counted(&mut bench, Throttle::NONE));
+            bench.machine.throttle(Throttle::MOST).unwrap();
+            let (before, began) = (counter(&bench.machine), Instant::now());
+            // As epochs that are much shorter than a rest.
+            for _ in 0..25 {
+                std::thread::sleep(Duration::from_millis(4));
+                let began = Instant::now();
+                let paused = PausedVm::pause(&mut bench.machine).unwrap();
+                stops.push(began.elapsed());
+                drop(paused);
+            }
+            let counted = f64::from(counter(&bench.machine) - before);
+            slowed = slowed.min(counted / began.elapsed().as_secs_f64() / 10.0);
         }
-        let per_tenth =
-            u64::from(counter(&bench.machine) - before) * 100 / u64::try_from(began.elapsed().as_millis()).unwrap();
-        assert!(per_tenth < u64::from(free) / 4, "pauses undo the rests: {per_tenth} in 100 ms, {free} unslowed");
+        // A hundredth is what it should be; if each pause ended a rest it would be an eighth.
+        assert!(slowed < f64::from(free) / 10.0, "pauses undo the rests: {slowed} in 100 ms, {free} unslowed");
         stops.sort_unstable();
         assert!(stops[stops.len() / 2] < rest / 4, "a stop waits for the end of a rest: {stops:?}");
         let before = counter(&bench.machine);
