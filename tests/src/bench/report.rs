@@ -33,6 +33,8 @@ type Render = fn(&Path, &Path) -> Result<Rendered, BenchError>;
 struct Rendered {
     all: String,
     short: String,
+    /// Title of the chart, if there is one.
+    chart: Option<String>,
 }
 
 const STEPS: [Step; 11] = [
@@ -175,15 +177,21 @@ fn write(plan: &Plan, failed: &mut Vec<&'static str>, progress: &mut impl FnMut(
     );
     let page = plan.page.as_ref().map(|path| fs::read_to_string(path).map_err(host("the page"))).transpose()?;
     let mut page = page.unwrap_or_default();
+    // As the page names them: by their way from it, where there is one.
+    let dir = plan.page.as_deref().and_then(Path::parent).and_then(|dir| plan.out.strip_prefix(dir).ok());
+    let beside = format!("{}/", dir.unwrap_or(&plan.out).display());
     for step in &STEPS {
         let json = plan.out.join(format!("{}.json", step.name));
         if !json.is_file() {
             continue;
         }
         match (step.render)(&json, &plan.out) {
-            Ok(Rendered { all, short }) => {
-                tables.push_str(&format!("\n## `{}`\n\n{}\n", step.name, all.trim_end()));
-                page = filled(&page, step.name, &short);
+            Ok(Rendered { all, short, chart }) => {
+                let image = |dir: &str| {
+                    chart.as_ref().map_or_else(String::new, |title| format!("![{title}]({dir}{}.png)\n\n", step.name))
+                };
+                tables.push_str(&format!("\n## `{}`\n\n{}{}\n", step.name, image(""), all.trim_end()));
+                page = filled(&page, step.name, &format!("{}{short}", image(&beside)));
             }
             Err(error) => {
                 progress(&format!("{}: FAILED: {error}", step.name));
@@ -206,14 +214,14 @@ fn rendered<R: Findings + DeserializeOwned>(
     let text = fs::read_to_string(json).map_err(host("a result"))?;
     let report: R = serde_json::from_str(&text)
         .map_err(|error| BenchError::Wrong(format!("{} is of another version: {error}", json.display())))?;
-    if let Some(chart) = chart {
-        plots::draw(&chart(&report), out, R::NAME)?;
-    }
+    let chart = chart.map(|chart| chart(&report));
+    let drawn = chart.as_ref().map_or(Ok(false), |chart| plots::draw(chart, out, R::NAME))?;
+    let chart = chart.filter(|_| drawn).map(|chart| chart.title);
     let mut short: String = report.tables().first().map(super::table::Table::markdown).unwrap_or_default();
     if let Some(targets) = of_targets(&report.targets()) {
         short = format!("{short}\n{}", targets.markdown());
     }
-    Ok(Rendered { all: report.markdown(), short })
+    Ok(Rendered { all: report.markdown(), short, chart })
 }
 
 /// The page with this text between the marks of a subcommand; as it was when it has none.
@@ -270,7 +278,7 @@ mod tests {
                 .unwrap()
                 .contains("| wire / pages; every byte, at random | 1.50 | <= 1.02 | NOT MET |")
         );
-        assert!(out.join("wire.png").is_file());
+        assert!(out.join("wire.png").is_file() && fs::read_to_string(&page).unwrap().contains("](out/wire.png)"));
         let unknown = Plan { only: vec!["speed".into()], ..plan };
         assert!(run(&unknown, Path::new("/nonexistent"), |_| {}).unwrap_err().to_string().contains("no \"speed\""));
     }
