@@ -8,7 +8,7 @@ use std::sync::Arc;
 use vmm::GuestRam;
 use vmm::write_protect::WriteProtect;
 
-use super::lately::{Lately, double};
+use super::lately::{Lately, TELLING, double};
 use super::on_write::CopyOnWrite;
 use super::{CopyError, Job, Outcome, Pending, RunsOn, Strategy, in_pause};
 
@@ -53,7 +53,7 @@ impl Choice {
     /// What came of a set.
     pub fn learn(&mut self, outcome: &Outcome) {
         let Outcome { pages, took, written } = *outcome;
-        if pages == 0 {
+        if pages < TELLING {
             return;
         }
         let page = took.as_secs_f64() / double(pages);
@@ -176,5 +176,13 @@ mod tests {
         assert_eq!(lives(&mut choice, 50_000, 0.0, QUIET), 640);
         assert!(lives(&mut choice, 50_000, 0.5, QUIET) < 12);
         assert_eq!(lives(&mut choice, 100, 0.0, QUIET), 0);
+    }
+
+    #[test]
+    fn small_sets_do_not_make_pages_look_dear() {
+        let mut choice = Choice::default();
+        let idle = Outcome { pages: 3, took: Duration::from_micros(60), written: None };
+        (0..100).for_each(|_| choice.learn(&idle));
+        assert!(!choice.on_write(10_000), "nothing is known of pages yet");
     }
 }

@@ -3,6 +3,9 @@
 /// Weight of the newest.
 const NEWEST: f64 = 0.25;
 
+/// Smaller sets say nothing about what a page takes: most of their time is that of beginning at all.
+pub(super) const TELLING: usize = 64;
+
 /// An average in which the newest counts a quarter.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Lately(Option<f64>);

@@ -8,7 +8,7 @@ use std::time::Duration;
 use failover::config::Precopy;
 use vmm::DirtySet;
 
-use super::lately::{Lately, double, rounded};
+use super::lately::{Lately, TELLING, double, rounded};
 use crate::staging::StagedPages;
 
 /// What a write to a page whose dirty bit was cleared costs the guest: measured on KVM without hardware virtualisation; about 1 us with it.
@@ -101,7 +101,7 @@ impl PrecopyPolicy {
     /// An epoch ended. `in_pause`: its pages were copied in the pause, so that it tells what that takes.
     pub fn learn(&mut self, epoch: &Sample, in_pause: bool) {
         self.all.note(double(epoch.all));
-        if in_pause && epoch.late > 0 {
+        if in_pause && epoch.late >= TELLING {
             self.page.note(epoch.took.as_secs_f64() / double(epoch.late));
         }
         self.without = self.without.saturating_add(1);
@@ -159,6 +159,12 @@ mod tests {
         assert_eq!(lives(&mut policy, 10_000, 0.0, 250 * NS), 640);
         assert!(lives(&mut policy, 10_000, 0.9, 250 * NS) < 12);
         assert_eq!(lives(&mut policy, 10, 0.0, 250 * NS), 0);
+    }
+
+    #[test]
+    fn small_sets_do_not_make_pages_look_dear() {
+        let mut policy = PrecopyPolicy::new(Precopy::Auto);
+        assert_eq!(lives(&mut policy, 20, 0.0, Duration::from_micros(20)), 0);
     }
 
     #[test]
