@@ -29,7 +29,7 @@ fn activation_does_not_depend_on_memory(scene: &mut Scene) -> Result<()> {
         fastest.push(took[0]);
     }
     let [small, large] = fastest[..] else { panic!("two sizes") };
-    // Eight times the memory; what depended on it would take eight times as long.
-    assert!(large <= 2 * small + Duration::from_millis(10), "{small:?} with {}, {large:?} with {}", SIZES[0], SIZES[1]);
+    // Eight times the memory: to touch the rest of it once would take hundreds of milliseconds. Less is noise of a busy host.
+    assert!(large <= 2 * small + Duration::from_millis(40), "{small:?} with {}, {large:?} with {}", SIZES[0], SIZES[1]);
     Ok(())
 }

@@ -359,7 +359,7 @@ fn share_of<'a>(windows: impl Iterator<Item = &'a Window>) -> f64 {
 
 /// The throttle that leaves so many per cent of its time to the guest.
 fn percent_left(left: f64) -> Throttle {
-    // The smallest one that leaves no more; casts are exact on these few numbers, a table would say the same.
+    // The smallest one that leaves no more.
     let throttle = (0..=Throttle::MOST.as_percent()).find(|percent| 100.0 - f64::from(*percent) <= left);
     Throttle::percent(throttle.unwrap_or(Throttle::MOST.as_percent()))
 }
