@@ -20,8 +20,8 @@ const CANDIDATES: usize = 64;
 const SIEVES: u32 = 4;
 /// How often what is left is tried before all is looked at anew.
 const TRIES: u32 = 50;
-/// How long a busy host may keep the guest from running.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// How long it is looked for among the same words.
+const PATIENCE: Duration = Duration::from_secs(4);
 
 /// Where the word is, in the terms of whoever reads it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
