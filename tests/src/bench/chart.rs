@@ -85,11 +85,17 @@ impl Chart {
             }
         });
         let (x, y) = (self.range(|(x, _)| x, self.x.log), self.range(|(_, y)| y, self.y.log));
+        // With fewer only powers of ten are labelled, which a short axis may have none of.
+        let labels = |axis: Axis, range: &std::ops::Range<f64>| match axis.log {
+            true if range.end / range.start < 16.0 => 11,
+            _ => 8,
+        };
+        let labels = (labels(self.x, &x), labels(self.y, &y));
         match (self.x.log, self.y.log) {
-            (false, false) => self.on(pixels, x, y),
-            (true, false) => self.on(pixels, x.log_scale(), y),
-            (false, true) => self.on(pixels, x, y.log_scale()),
-            (true, true) => self.on(pixels, x.log_scale(), y.log_scale()),
+            (false, false) => self.on(pixels, x, y, labels),
+            (true, false) => self.on(pixels, x.log_scale(), y, labels),
+            (false, true) => self.on(pixels, x, y.log_scale(), labels),
+            (true, true) => self.on(pixels, x.log_scale(), y.log_scale(), labels),
         }
     }
 
@@ -100,7 +106,7 @@ impl Chart {
         if log { least / 1.25..most * 1.25 } else { least.min(0.0)..(most * 1.05).max(least.min(0.0) + 1e-9) }
     }
 
-    fn on<X, Y>(&self, pixels: &mut [u8], x: X, y: Y) -> Result<(), String>
+    fn on<X, Y>(&self, pixels: &mut [u8], x: X, y: Y, labels: (usize, usize)) -> Result<(), String>
     where
         X: AsRangedCoord<Value = f64>,
         Y: AsRangedCoord<Value = f64>,
@@ -122,8 +128,8 @@ impl Chart {
             .configure_mesh()
             .x_desc(self.x.name)
             .y_desc(self.y.name)
-            .x_labels(8)
-            .y_labels(8)
+            .x_labels(labels.0)
+            .y_labels(labels.1)
             .max_light_lines(1)
             .axis_desc_style((FONT, 19))
             .label_style((FONT, 16))

@@ -41,6 +41,8 @@ const LOAD: Duration = Duration::from_secs(1);
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Between two samples of the guest's memory: seldom enough not to take a processor from QEMU.
 const SAMPLE: Duration = Duration::from_micros(50);
+/// Moments at which the guest's pulse is looked for, but for the first.
+const PULSE_TRIES: u32 = 5;
 /// How long the guest runs on before its samples are looked at.
 const AFTERWARDS: Duration = Duration::from_millis(100);
 /// As fast as memory: nothing is limited.
@@ -192,6 +194,17 @@ impl SharedRam {
         word.expect("an aligned word of the mapping")
     }
 
+    /// As in [`Subject`]: more than once, because on a busy host the guest may not have run.
+    fn find_pulse(&self) -> Result<Pulse, BenchError> {
+        let mut tries = 0..PULSE_TRIES;
+        loop {
+            match Pulse::find(&self.changing()?, |at| self.word(at)) {
+                Err(_) if tries.next().is_some() => {}
+                found => return found,
+            }
+        }
+    }
+
     /// Words that differ from one moment to the next. Reads the file, whose holes so stay holes.
     fn changing(&self) -> Result<Vec<u64>, BenchError> {
         let mut before = vec![0; self.map.len()];
@@ -225,7 +238,7 @@ fn migrate(image: &Path, pages: u32) -> Result<Run, BenchError> {
     order(&mut machine.connection, &["FT.WORK", "1"])?;
     order(&mut machine.connection, &["FT.DIRTY", &RATE.to_string(), &pages.to_string()])?;
     std::thread::sleep(LOAD);
-    let pulse = Pulse::find(&from.changing()?, |at| from.word(at))?;
+    let pulse = from.find_pulse()?;
     let mut source = Qmp::connect(&from_monitor)?;
     // Ready to take the stream.
     drop(Qmp::connect(&to_monitor)?);

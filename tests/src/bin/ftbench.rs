@@ -132,7 +132,7 @@ enum What {
         #[arg(long, default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..=50_000))]
         buffer_pages: u32,
         /// What else is in `[epoch]`, in words.
-        #[arg(long, default_value = "25ms")]
+        #[arg(long, default_value = "overhead=10%")]
         epoch: String,
         /// How long a client's replies are measured, and then about how long `redis-benchmark` runs, with pipelines of 16.
         #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=60))]
