@@ -35,7 +35,6 @@ use super::on_write::SimOnWrite;
 use super::process::{Base, Beat, Ending};
 
 /// What the runner's thread is doing.
-#[expect(clippy::large_enum_variant, reason = "one of them in a process")]
 enum Doing {
     /// The guest runs unprotected, or not at all.
     Nothing,
