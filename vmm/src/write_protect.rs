@@ -194,14 +194,35 @@ impl WriteProtect {
         self.set(run, 0)
     }
 
-    fn set(&self, run: PageRun, mode: u64) -> Result<(), WriteProtectError> {
+    /// Lets whoever waits for one of these pages look again: it goes on if the page may be written by now, and is told anew if not. Whoever is told and will
+    /// not unprotect the page *after that* owes this: the kernel puts a writer to sleep that comes just after its page was let go, because the page table may
+    /// still say read-only then (a clean page of shared memory becomes writable with its first write only), and nobody would wake it.
+    ///
+    /// # Errors
+    /// See [`WriteProtectError`].
+    ///
+    /// # Panics
+    /// When they are not RAM of this machine.
+    pub fn wake(&self, run: PageRun) -> Result<(), WriteProtectError> {
+        let range = self.range_of(run);
+        // SAFETY: the kernel reads a `struct uffdio_range`, which this is, and changes no byte of memory.
+        let done = unsafe { ioctl_with_ref(&self.descriptor, UFFDIO_WAKE(), &range) };
+        check("UFFDIO_WAKE", done)
+    }
+
+    /// Where pages are mapped.
+    fn range_of(&self, run: PageRun) -> Range {
         let holds = |mapped: &&Mapped| {
             let Mapped { region, .. } = mapped;
             run.first >= region.first && run.first.0 + run.pages <= region.first.0 + region.pages
         };
         let mapped = self.mapped.iter().find(holds).expect("adjacent pages of RAM");
         let start = mapped.host + ((run.first.0 - mapped.region.first.0) << PAGE_SHIFT);
-        let mut protection = Protection { range: Range { start, len: run.pages << PAGE_SHIFT }, mode };
+        Range { start, len: run.pages << PAGE_SHIFT }
+    }
+
+    fn set(&self, run: PageRun, mode: u64) -> Result<(), WriteProtectError> {
+        let mut protection = Protection { range: self.range_of(run), mode };
         loop {
             // SAFETY: the kernel reads a `struct uffdio_writeprotect`, which this is, and changes no byte of memory.
             let done = unsafe { ioctl_with_mut_ref(&self.descriptor, UFFDIO_WRITEPROTECT(), &mut protection) };

@@ -77,7 +77,14 @@ impl Guard {
         let host = |call| move |source: io::Error| WriteProtectError::Host { call, source };
         let protect = WriteProtect::over(ram)?;
         let stop = eventfd(0, EventfdFlags::CLOEXEC).map_err(|errno| host("eventfd")(errno.into()))?;
-        let shared = Arc::new(Shared { protect, ram: Arc::clone(ram), stop, state: Mutex::default() });
+        let shared = Arc::new(Shared {
+            protect,
+            ram: Arc::clone(ram),
+            stop,
+            state: Mutex::default(),
+            #[cfg(test)]
+            told: std::sync::atomic::AtomicU64::default(),
+        });
         let theirs = Arc::clone(&shared);
         let serve = move || theirs.serve();
         let thread = std::thread::Builder::new().name("ft-on-write".into()).spawn(serve).map_err(host("clone"))?;
@@ -102,6 +109,9 @@ struct Shared {
     /// Readable when the thread shall end.
     stop: OwnedFd,
     state: Mutex<State>,
+    /// How often somebody wanted to write a page.
+    #[cfg(test)]
+    told: std::sync::atomic::AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -161,13 +171,18 @@ impl Shared {
     }
 
     /// The lock is held until the page is let go: else the copier could end this round, and the next one protect the page again, before that.
+    ///
+    /// A writer of any other page was told of late: its page is being copied, or was let go already. It is woken all the same, and looks again.
     fn let_write(&self, page: PageNo) -> Result<(), CopyError> {
+        #[cfg(test)]
+        self.told.fetch_add(1, std::sync::atomic::Ordering::AcqRel);
         let mut state = self.lock();
-        let Some(round) = &mut state.round else { return Ok(()) };
-        if round.wanted(page, |into| self.ram.copy_out(page, into))? {
-            self.protect.unprotect(PageRun::one(page))?;
-        }
-        Ok(())
+        let copied = match &mut state.round {
+            Some(round) => round.wanted(page, |into| self.ram.copy_out(page, into))?,
+            None => false,
+        };
+        let page = PageRun::one(page);
+        Ok(if copied { self.protect.unprotect(page) } else { self.protect.wake(page) }?)
     }
 }
 
@@ -365,6 +380,25 @@ mod tests {
         }
         strategy.prepare(&ram).unwrap();
         assert!(strategy.is_ready());
+    }
+
+    /// A writer whose page was let go just before it was told of: the kernel may have put it to sleep after that, so it has to be woken once more.
+    #[test]
+    fn a_writer_that_is_told_of_late_is_woken() {
+        let ram = ram();
+        let guard = Guard::start(&ram).unwrap();
+        let page = PageNo(3);
+        // There is no round that has this page: as far as the guard knows, it was let go. It stays protected here, so that the writer, once woken, asks again.
+        guard.shared.protect.protect(PageRun::one(page)).unwrap();
+        let theirs = Arc::clone(&ram);
+        let writer = std::thread::spawn(move || theirs.copy_in(page, &[9; PAGE_SIZE]).unwrap());
+        let asked = || guard.shared.told.load(Ordering::Acquire);
+        while asked() < 3 {
+            std::thread::yield_now();
+        }
+        assert!(!writer.is_finished());
+        guard.shared.protect.unprotect(PageRun::one(page)).unwrap();
+        writer.join().unwrap();
     }
 
     #[test]

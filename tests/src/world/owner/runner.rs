@@ -221,9 +221,9 @@ impl OwnerPart {
         let Some((captured, waits)) = self.take(first, None, Afterwards::RunsOn, base, env) else {
             return self.fail("no checkpoint", base, env);
         };
-        if waits {
-            // The commit of a base is not waited for.
-            self.machine.run().expect("it ran until now");
+        // The commit of a base is not waited for. A guest that has ended meanwhile cannot be resumed.
+        if waits && self.machine.run().is_err() {
+            return self.fail("the guest has ended", base, env);
         }
         let checkpoint = self.finished(captured, base, env);
         env.ghost.base_sealed(base.who, first.0);
