@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded};
+use crossbeam::channel::{Receiver, Sender, bounded};
 use kvm_bindings::{
     KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, Msrs, kvm_irqchip, kvm_msr_entry, kvm_pit_config, kvm_segment,
     kvm_userspace_memory_region,
@@ -230,22 +230,23 @@ impl Drop for Floor {
     fn drop(&mut self) {
         self.go = None;
         self.measure.store(false, Ordering::SeqCst);
-        // After a failed round the guest may still spin: kicked until its thread ends. A kick that comes just before KVM_RUN is lost, hence the next; one
-        // right after another would keep the thread from getting on with its end.
-        while let Some(thread) = self.thread.as_ref().filter(|thread| !thread.is_finished()) {
-            if let Err(error) = thread.kill(SIGRTMIN()) {
-                log::debug!("the floor's thread is gone: {error}");
-            }
-            match self.answers.recv_timeout(KICK_INTERVAL) {
-                Ok(_) | Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => break,
-            }
+        end_vcpu(&mut self.thread);
+    }
+}
+
+/// Ends the thread of a vCPU that has no orders any more. After a failed round its guest may still spin, so it is kicked. A kick that comes just before KVM_RUN
+/// is lost, hence the next; one right after another would keep the thread from getting on with its end.
+pub(super) fn end_vcpu(thread: &mut Option<JoinHandle<()>>) {
+    while let Some(running) = thread.as_ref().filter(|thread| !thread.is_finished()) {
+        if let Err(error) = running.kill(SIGRTMIN()) {
+            log::debug!("a vCPU's thread is gone: {error}");
         }
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            log::error!("the floor's thread panicked");
-        }
+        std::thread::park_timeout(KICK_INTERVAL);
+    }
+    if let Some(thread) = thread.take()
+        && thread.join().is_err()
+    {
+        log::error!("a vCPU's thread panicked");
     }
 }
 

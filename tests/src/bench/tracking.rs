@@ -24,7 +24,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 use vmm_sys_util::{ioctl_io_nr, ioctl_iowr_nr};
 
 use super::figures::Spread;
-use super::floor::{DATA, SAID, TOLD, Words, set_registers, write_memory};
+use super::floor::{DATA, SAID, TOLD, Words, end_vcpu, set_registers, write_memory};
 use super::table::{Findings, Table};
 use super::{BenchError, host, host_description};
 
@@ -406,19 +406,7 @@ fn set_slots(vm: &VmFd, words: &Words) -> Result<Vec<usize>, BenchError> {
 impl Drop for Tracked {
     fn drop(&mut self) {
         self.go = None;
-        // After a failed round the guest may still spin: kicked until its thread ends.
-        while let Some(thread) = self.thread.take_if(|thread| !thread.is_finished()) {
-            if let Err(error) = thread.kill(SIGRTMIN()) {
-                log::debug!("the tracked vCPU's thread is gone: {error}");
-            }
-            std::thread::yield_now();
-            self.thread = Some(thread);
-        }
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            log::error!("the tracked vCPU's thread panicked");
-        }
+        end_vcpu(&mut self.thread);
     }
 }
 
