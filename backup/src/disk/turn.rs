@@ -77,10 +77,15 @@ impl Turn {
         Self { worker, failed: false, said: None }
     }
 
-    /// Carries out a command. After a failure none is carried out until the next synchronisation begins.
+    /// Carries out a command. After a failure none is carried out until the next synchronisation begins, but what is committed meanwhile is kept where the
+    /// disks still hold all that was committed before: the standby's memory has it, and both may have to run.
     pub fn obey(&mut self, command: Command, now: Duration, tell: &mut impl FnMut(SinkEvent)) {
         let outcome = match command {
             Command::Hollow => self.hollow(tell),
+            Command::Commit(point, changes) if self.failed && self.worker.takes_commits() => {
+                self.worker.commit(point, changes, now);
+                Ok(())
+            }
             // The answer to everything until then was a failure.
             Command::Commit(_, changes) if self.failed => {
                 self.progress(changes.weight(), tell);

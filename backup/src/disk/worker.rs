@@ -152,6 +152,11 @@ impl Worker {
         self.lost
     }
 
+    /// Whether a further epoch can follow what is committed: nothing of that is lost.
+    pub fn takes_commits(&self) -> bool {
+        self.standing == Standing::Exact && !self.lost
+    }
+
     /// A synchronisation begins: what is committed goes into the images and the journal is retired, so that images may be changed beside it. A
     /// journal that failed is passed over; when a committed change is lost, the maps know nothing from here on.
     ///
