@@ -134,9 +134,13 @@ impl Ghost {
         }
     }
 
-    /// The backup `who` says that its image holds the base of `owner` that ended with `epoch`.
-    pub fn disk_based(&mut self, who: Who, owner: LifeId, epoch: u64, image: &[u8]) {
+    /// The backup `who` says that its image holds the base that ended with `epoch` of the owner that was granted `generation`.
+    pub fn disk_based(&mut self, who: Who, generation: u64, epoch: u64, image: &[u8]) {
         self.seen.disk_bases += 1;
+        let Some(owner) = self.permits.get(&generation).copied() else {
+            let what = format!("life {} holds a base of generation {generation}, which nobody was granted", who.life);
+            return self.broken("image", what);
+        };
         let Some(shadow) = self.disks.bases.get(&(owner, epoch)) else {
             return self
                 .broken("image", format!("life {} holds a base {epoch} that life {owner} never ended", who.life));

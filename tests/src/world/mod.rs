@@ -270,7 +270,11 @@ impl World {
     }
 
     fn is_whole(&self) -> bool {
-        (0..2).any(|node| self.runs(node) && self.shows(node) == (true, true))
+        let lives = |node: usize| {
+            let part = self.nodes[node].process.as_ref().map(|process| &process.part);
+            matches!(part, Some(Part::Owner(owner)) if owner.machine().is_running() || owner.awaits_commit())
+        };
+        (0..2).any(|node| lives(node) && self.shows(node) == (true, true))
     }
 
     fn heal(&mut self) {

@@ -523,9 +523,9 @@ impl WaiterPart {
                     served = self.intake.hear(news);
                 }
                 Disks::Based(point) => {
-                    let owner = self.owner.and_then(|incarnation| env.life_of(incarnation));
-                    if let (Some(owner), Some(image)) = (owner, env.image(base.who.node)) {
-                        env.ghost.disk_based(base.who, owner, point.epoch.0, &image);
+                    // Whoever is connected by now: the base may be that of an owner before.
+                    if let Some(image) = env.image(base.who.node) {
+                        env.ghost.disk_based(base.who, point.generation.0, point.epoch.0, &image);
                     }
                 }
             }

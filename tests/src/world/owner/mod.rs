@@ -425,6 +425,11 @@ impl OwnerPart {
         self.machine.throttle(Throttle::NONE).expect("the simulated guest can be slowed");
     }
 
+    /// Whether the guest stands still only until its epoch is committed.
+    pub fn awaits_commit(&self) -> bool {
+        matches!(self.doing, Doing::Epochs { phase: Phase::Waiting(_), .. })
+    }
+
     /// A guest that waits for a commit runs on, unless it was stopped for another reason meanwhile.
     fn let_run_on(&mut self) {
         if let Doing::Epochs { phase: phase @ Phase::Waiting(_), .. } = &mut self.doing {
@@ -564,7 +569,16 @@ impl OwnerPart {
                     self.does(Doing::Stopped);
                 }
             }
-            Action::ResumeGuest => self.run(),
+            Action::ResumeGuest => {
+                self.run();
+                // As the runner's thread, whose link ends with an order that is none of the link's.
+                if matches!(self.doing, Doing::Epochs { .. } | Doing::Stopped | Doing::HandedOver) {
+                    self.does(Doing::Nothing);
+                    self.parts.disks.end_log();
+                    self.close_link(LinkLoss::Local, base, env);
+                    base.rouse(env);
+                }
+            }
             Action::Fence { reason: _ } => base.gate.silence(),
             Action::ResumeFenced(permit) => {
                 env.ghost.resumes(base.who, permit.generation().0);
