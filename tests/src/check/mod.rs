@@ -71,6 +71,8 @@ pub struct Ghost {
     lives: BTreeMap<LifeId, Life>,
     /// Who said what in which epoch, by the guest's history.
     said: HashMap<u64, (LifeId, u64)>,
+    /// The same, by speaker: a superseded guest and its successor may say the same, each for itself.
+    said_by: HashMap<(LifeId, u64), u64>,
     permits: BTreeMap<u64, LifeId>,
     told: [Told; CLIENTS],
     /// Boots that were rightful.
@@ -306,6 +308,7 @@ impl Ghost {
     pub fn said(&mut self, who: Who, history: u64) {
         let epoch = self.life(who.life).sealed + 1;
         self.said.insert(history, (who.life, epoch));
+        self.said_by.insert((who.life, history), epoch);
     }
 
     /// A checkpoint was taken: the epoch ends with what `machine` holds.
@@ -368,7 +371,9 @@ impl Ghost {
     /// A frame left the host of `who`, while the arbiter holds `record`.
     pub fn released(&mut self, who: Who, frame: &Utterance, record: Option<&Record>) {
         self.seen.released += 1;
-        let Some((speaker, epoch)) = self.said.get(&frame.registers.history).copied() else {
+        let history = frame.registers.history;
+        let own = self.said_by.get(&(who.life, history)).map(|epoch| (who.life, *epoch));
+        let Some((speaker, epoch)) = own.or_else(|| self.said.get(&history).copied()) else {
             return self.broken("G1", format!("life {} let out something that no guest said", who.life));
         };
         if let Some((by, until)) = self.life(speaker).superseded
