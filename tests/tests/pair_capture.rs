@@ -2,15 +2,15 @@
 //! lost, and the memory that the backup goes on with is that of the checkpoint (`ram_digest`: an activation compares all of it).
 
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::Value;
 use tests::on_both_machines;
-use tests::real::client::{Writer, WriterConfig};
+use tests::real::client::WriterConfig;
 use tests::real::counters::Counters;
 use tests::real::pair::{Pair, PairOptions};
 use tests::real::scene::Scene;
-use tests::real::{Error, Node, Result, clock};
+use tests::real::{Node, Result, clock};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 const TAKEOVER_LIMIT: Duration = Duration::from_secs(20);
@@ -60,10 +60,10 @@ fn stop_and_copy_waits_for_nobody_who_is_gone(scene: &mut Scene) -> Result<()> {
     pair.wait_protected(Node::A, PATIENCE)?;
     pair.ftctl(Node::A, &["failover", "--yes", "--wait"])?.success("ftctl failover")?;
     pair.wait_protected(Node::B, TAKEOVER_LIMIT)?;
-    wait_for_work(&writer, clock::mono_us())?;
+    writer.works_on(clock::mono_us(), AFTER, PATIENCE)?;
     pair.kill(Node::A)?;
     pair.wait_state(Node::B, "solo", TAKEOVER_LIMIT)?;
-    wait_for_work(&writer, clock::mono_us())?;
+    writer.works_on(clock::mono_us(), AFTER, PATIENCE)?;
     let report = writer.finish(pair.network().client());
     assert_eq!(report.connection_error, None);
     assert!(report.same.complete(report.acks.len()), "{:?}", report.same);
@@ -107,7 +107,7 @@ fn outlives_a_kill(scene: &mut Scene, strategy: &str, precopy: &str) -> Result<V
     println!("{}: {}, {capture}", scene_name(pair), status.json()["timings"]["pause"]);
     let killed_us = pair.kill(Node::A)?;
     let activated = pair.wait_event(Node::B, killed_us, TAKEOVER_LIMIT, "takeover", |e| e.event == "activated")?;
-    wait_for_work(&writer, activated.mono_us)?;
+    writer.works_on(activated.mono_us, AFTER, PATIENCE)?;
     let report = writer.finish(pair.network().client());
     let counted = counters.finish();
     assert_eq!(report.connection_error, None);
@@ -123,21 +123,4 @@ fn outlives_a_kill(scene: &mut Scene, strategy: &str, precopy: &str) -> Result<V
 
 fn scene_name(pair: &Pair) -> String {
     pair.status(Node::A).map_or_else(|_| "?".into(), |status| status.json()["machine"].to_string())
-}
-
-/// Waits until answers have come for [`AFTER`] since a takeover.
-fn wait_for_work(writer: &Writer, activated_us: u64) -> Result<()> {
-    let enough = activated_us + u64::try_from(AFTER.as_micros()).expect("a second");
-    let deadline = Instant::now() + PATIENCE;
-    while writer.last_reply_us() < enough {
-        if !writer.is_writing() || Instant::now() >= deadline {
-            return Err(Error::Timeout {
-                what: "the client's connection to work on".into(),
-                waited: PATIENCE,
-                detail: format!("{} writes acknowledged", writer.acked()),
-            });
-        }
-        thread::sleep(Duration::from_millis(5));
-    }
-    Ok(())
 }

@@ -2,16 +2,16 @@
 //! that anyone was told is lost, no increment happens twice, and only one host ever speaks for the guest at a time.
 
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tests::on_both_machines;
-use tests::real::client::{Writer, WriterConfig};
+use tests::real::client::WriterConfig;
 use tests::real::counters::Counters;
 use tests::real::pair::Pair;
 use tests::real::rng::Rng;
 use tests::real::scene::Scene;
 use tests::real::watch::{Seen, Watch, changes};
-use tests::real::{Error, Node, Result};
+use tests::real::{Node, Result};
 
 /// Kills of each kind.
 const KILLS: u64 = 3;
@@ -44,7 +44,7 @@ fn killed(scene: &mut Scene, gap_limit: Duration, kill: fn(&mut Pair, Node) -> R
         pair.wait_protected(Node::A, PATIENCE)?;
         let killed_us = kill(pair, Node::A)?;
         let activated = pair.wait_event(Node::B, killed_us, TAKEOVER_LIMIT, "takeover", |e| e.event == "activated")?;
-        wait_for_work(&writer, activated.mono_us)?;
+        writer.works_on(activated.mono_us, AFTER, PATIENCE)?;
         let report = writer.finish(pair.network().client());
         let counted = counters.finish();
         let seen = watch.finish()?;
@@ -60,23 +60,6 @@ fn killed(scene: &mut Scene, gap_limit: Duration, kill: fn(&mut Pair, Node) -> R
         assert!(gap <= gap_limit, "seed {seed}: no answer for {gap:?}");
         let status = pair.status(Node::B)?;
         assert!(status.number("generation") > generation, "seed {seed}: {generation:?} before, now {}", status.json());
-    }
-    Ok(())
-}
-
-/// Waits until answers have come for [`AFTER`] since a takeover.
-fn wait_for_work(writer: &Writer, activated_us: u64) -> Result<()> {
-    let enough = activated_us + u64::try_from(AFTER.as_micros()).expect("a second");
-    let deadline = Instant::now() + PATIENCE;
-    while writer.last_reply_us() < enough {
-        if !writer.is_writing() || Instant::now() >= deadline {
-            return Err(Error::Timeout {
-                what: "the client's connection to work on".into(),
-                waited: PATIENCE,
-                detail: format!("{} writes acknowledged", writer.acked()),
-            });
-        }
-        thread::sleep(Duration::from_millis(5));
     }
     Ok(())
 }

@@ -284,21 +284,7 @@ impl Bare {
         vm.create_irq_chip().map_err(host("KVM_CREATE_IRQCHIP"))?;
         vm.create_pit2(kvm_pit_config::default()).map_err(host("KVM_CREATE_PIT2"))?;
         let words = Words(Arc::clone(ram));
-        let mut slots = Vec::new();
-        for (slot, region) in (0u32..).zip(ram.regions()) {
-            let start = region.first.address().0;
-            let bytes = usize::try_from(region.pages).unwrap_or(usize::MAX) * PAGE_SIZE;
-            let slot = kvm_userspace_memory_region {
-                slot,
-                flags: KVM_MEM_LOG_DIRTY_PAGES,
-                guest_phys_addr: start,
-                memory_size: region.pages * 4096,
-                userspace_addr: u64::try_from(words.at(start).addr()).unwrap_or(u64::MAX),
-            };
-            // SAFETY: the mapping of `ram` is as long as its region says, and `Bare` keeps it as long as the VM.
-            unsafe { vm.set_user_memory_region(slot) }.map_err(host("KVM_SET_USER_MEMORY_REGION"))?;
-            slots.push((start, bytes));
-        }
+        let slots = set_slots(&vm, &words)?;
         let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(host("KVM_GET_SUPPORTED_CPUID"))?;
         let listed = kvm.get_msr_index_list().map_err(host("KVM_GET_MSR_INDEX_LIST"))?;
         let (mut fds, mut msrs) = (Vec::new(), Vec::new());
@@ -394,6 +380,25 @@ impl Bare {
         std::hint::black_box(&self.buffer);
         pages
     }
+}
+
+/// A slot for each region of RAM, with its log on; its first address and its bytes. Whoever has the VM keeps `words` as long.
+pub(super) fn set_slots(vm: &VmFd, words: &Words) -> Result<Vec<(u64, usize)>, BenchError> {
+    let mut slots = Vec::new();
+    for (slot, region) in (0u32..).zip(words.0.regions()) {
+        let start = region.first.address().0;
+        let slot = kvm_userspace_memory_region {
+            slot,
+            flags: KVM_MEM_LOG_DIRTY_PAGES,
+            guest_phys_addr: start,
+            memory_size: region.pages * 4096,
+            userspace_addr: u64::try_from(words.at(start).addr()).unwrap_or(u64::MAX),
+        };
+        // SAFETY: the mapping is as long as its region says, and who calls this keeps `words`, and with it the mapping, as long as the VM.
+        unsafe { vm.set_user_memory_region(slot) }.map_err(host("KVM_SET_USER_MEMORY_REGION"))?;
+        slots.push((start, usize::try_from(region.pages).unwrap_or(usize::MAX) * PAGE_SIZE));
+    }
+    Ok(slots)
 }
 
 /// The MSRs that the product would read: those that this vCPU lets the host read and write.

@@ -1,6 +1,6 @@
 //! `ftbench tracking`: what it costs to know which pages a guest wrote, by each way that KVM offers. A plain VM with the guest of [`super::floor`], which writes one
 //! word to so many pages and says so; then it is stopped and what it wrote is collected, as in a pause. Nothing is copied.
-#![expect(unsafe_code, reason = "memory slots, two ioctls with pointers to bitmaps, and the ring that KVM shares")]
+#![expect(unsafe_code, reason = "two ioctls with pointers to bitmaps, and the ring that KVM shares")]
 
 use std::io;
 use std::os::fd::AsRawFd as _;
@@ -12,19 +12,18 @@ use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, Sender, bounded};
 use kvm_bindings::{
-    KVM_CAP_DIRTY_LOG_RING, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_PAGE_OFFSET, KVM_MAX_CPUID_ENTRIES,
-    KVM_MEM_LOG_DIRTY_PAGES, KVMIO, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1, kvm_dirty_gfn,
-    kvm_enable_cap, kvm_userspace_memory_region,
+    KVM_CAP_DIRTY_LOG_RING, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_PAGE_OFFSET, KVM_MAX_CPUID_ENTRIES, KVMIO,
+    kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1, kvm_dirty_gfn, kvm_enable_cap,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
-use vmm::{GuestRam, PAGE_SIZE};
+use vmm::GuestRam;
 use vmm_sys_util::ioctl::{ioctl, ioctl_with_ref};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 use vmm_sys_util::{ioctl_io_nr, ioctl_iowr_nr};
 
 use super::figures::Spread;
-use super::floor::{DATA, SAID, TOLD, Words, end_vcpu, set_registers, write_memory};
+use super::floor::{DATA, SAID, TOLD, Words, end_vcpu, set_registers, set_slots, write_memory};
 use super::table::{Findings, Table};
 use super::{BenchError, host, host_description};
 
@@ -249,8 +248,8 @@ struct Tracked {
     vm: VmFd,
     ring: Option<Ring>,
     words: Words,
-    /// Bytes of each slot.
-    slots: Vec<usize>,
+    /// First address and bytes of each slot.
+    slots: Vec<(u64, usize)>,
     go: Option<Sender<()>>,
     parked: Receiver<Result<(), String>>,
     thread: Option<JoinHandle<()>>,
@@ -339,7 +338,7 @@ impl Tracked {
             return if reset < 0 { Err(host("KVM_RESET_DIRTY_RINGS")(io::Error::last_os_error())) } else { Ok(found) };
         }
         let mut found = 0;
-        for (slot, bytes) in (0u32..).zip(&self.slots) {
+        for (slot, (_, bytes)) in (0u32..).zip(&self.slots) {
             let log = self.vm.get_dirty_log(slot, *bytes).map_err(host("KVM_GET_DIRTY_LOG"))?;
             found += log.iter().map(|word| word.count_ones() as usize).sum::<usize>();
             if self.method == Method::Manual {
@@ -382,25 +381,6 @@ impl Tracked {
         }
         Ok(())
     }
-}
-
-/// A slot for each region of RAM, with its log on; the bytes of each.
-fn set_slots(vm: &VmFd, words: &Words) -> Result<Vec<usize>, BenchError> {
-    let mut slots = Vec::new();
-    for (slot, region) in (0u32..).zip(words.0.regions()) {
-        let start = region.first.address().0;
-        let slot = kvm_userspace_memory_region {
-            slot,
-            flags: KVM_MEM_LOG_DIRTY_PAGES,
-            guest_phys_addr: start,
-            memory_size: region.pages * 4096,
-            userspace_addr: u64::try_from(words.at(start).addr()).unwrap_or(u64::MAX),
-        };
-        // SAFETY: the mapping is as long as its region says, and `Tracked` keeps it as long as the VM.
-        unsafe { vm.set_user_memory_region(slot) }.map_err(host("KVM_SET_USER_MEMORY_REGION"))?;
-        slots.push(usize::try_from(region.pages).unwrap_or(usize::MAX) * PAGE_SIZE);
-    }
-    Ok(slots)
 }
 
 impl Drop for Tracked {

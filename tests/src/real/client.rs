@@ -6,7 +6,7 @@ use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::netns::NetNs;
 use super::resp::{Connection, Reply};
@@ -163,6 +163,26 @@ impl Writer {
     #[must_use]
     pub fn last_reply_us(&self) -> u64 {
         self.shared.last_reply_us.load(Ordering::Acquire)
+    }
+
+    /// Waits until answers have come for `after` since a takeover, at most for `patience`.
+    ///
+    /// # Errors
+    /// They did not come in time, or the connection failed.
+    pub fn works_on(&self, activated_us: u64, after: Duration, patience: Duration) -> Result<()> {
+        let enough = activated_us + u64::try_from(after.as_micros()).expect("seconds");
+        let deadline = Instant::now() + patience;
+        while self.last_reply_us() < enough {
+            if !self.is_writing() || Instant::now() >= deadline {
+                return Err(Error::Timeout {
+                    what: "the client's connection to work on".into(),
+                    waited: patience,
+                    detail: format!("{} writes acknowledged", self.acked()),
+                });
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
     }
 
     /// Whether it still writes; false once its connection has failed.
