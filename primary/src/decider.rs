@@ -84,14 +84,22 @@ pub fn voice(view: &View, committed: Epoch) -> Voice {
     Voice { generation: view.generation, body }
 }
 
-/// A frame of the peer arrived: what that means to the core.
-pub fn heard(peer: &Identity, body: Option<&HeartbeatBody>) -> Input {
-    let report = body.map(|body| PeerReport {
-        arbiter_age: body.arbiter_ok_ms.map(|ms| Duration::from_millis(u64::from(ms))),
+/// A frame of the data connection arrived: what that means to the core.
+pub fn heard(peer: &Identity) -> Input {
+    Input::PeerHeard { peer: node_of(peer), report: None }
+}
+
+/// A heartbeat is handled at `now`, which the peer said after `answers` ([`PulseEvent::Heard`](replication_proto::PulseEvent::Heard)). It may have waited in the connection
+/// or in our queues meanwhile; without `answers` nobody knows for how long, and ages that it names say nothing.
+pub fn heard_heartbeat(peer: &Identity, body: &HeartbeatBody, answers: Option<Duration>, now: Duration) -> Input {
+    let waited = answers.map(|said_after| now.saturating_sub(said_after));
+    let said = body.arbiter_ok_ms.map(|ms| Duration::from_millis(u64::from(ms)));
+    let report = PeerReport {
+        arbiter_age: said.zip(waited).map(|(said, waited)| said.saturating_add(waited)),
         protected: body.armed & SAYS_PROTECTED != 0,
         asks: body.armed & ASKS_FOR_GUEST != 0,
-    });
-    Input::PeerHeard { peer: node_of(peer), report }
+    };
+    Input::PeerHeard { peer: node_of(peer), report: Some(report) }
 }
 
 /// The process behind an identity.

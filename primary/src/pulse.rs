@@ -25,6 +25,8 @@ pub enum PulseReport {
         peer: Identity,
         /// What.
         body: HeartbeatBody,
+        /// After which moment of this process ([`PulseEvent::Heard`]).
+        answers: Option<Duration>,
     },
     /// A frame named this generation, which may be higher than ours: of a peer that refuses or was superseded, too.
     Generation(Generation),
@@ -178,7 +180,7 @@ impl From<PulseEvent> for PulseReport {
     fn from(event: PulseEvent) -> Self {
         match event {
             PulseEvent::Opened { peer } | PulseEvent::Stale { peer } => Self::Generation(peer.generation),
-            PulseEvent::Heard { peer, body } => Self::Heard { peer, body },
+            PulseEvent::Heard { peer, body, answers } => Self::Heard { peer, body, answers },
             PulseEvent::Refused { refuse, generation } => {
                 log::warn!("the peer refuses heartbeats: {}", refuse.text);
                 Self::Generation(generation)

@@ -22,6 +22,7 @@ mod pulse;
 mod ram;
 mod receiver;
 mod sender;
+mod stamp;
 mod wire;
 
 pub use digest::{CheckpointDigest, EpochDigest};

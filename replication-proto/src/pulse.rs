@@ -12,9 +12,10 @@ use crate::message::{
     Channel, Difference, Features, Goodbye, GoodbyeReason, HeartbeatBody, Hello, Refuse, RefuseCode, VersionRange,
 };
 use crate::negotiate::negotiate;
+use crate::stamp::Stamp;
 use crate::wire::frame::{Frame, FrameReader, FrameWriter};
 use crate::wire::header::{Header, MessageType};
-use crate::wire::messages;
+use crate::wire::messages::{self, Heartbeat};
 
 /// What a [`Pulse`] learnt.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,6 +31,9 @@ pub enum PulseEvent {
         peer: Identity,
         /// What it says of itself.
         body: HeartbeatBody,
+        /// When we, on our clock, had said the last heartbeat that the peer knew of when it said this: it is not older. `None` until it knew any. A frame
+        /// may wait in the connection as long as the network is cut.
+        answers: Option<Duration>,
     },
     /// A heartbeat of a lower generation than ours came and was dropped: its sender does not know yet, or lost its right to run.
     Stale {
@@ -68,6 +72,10 @@ pub struct Pulse {
     next_beat: Duration,
     body: HeartbeatBody,
     peer: Option<Identity>,
+    /// When the last heartbeat was made.
+    last_beat: Duration,
+    /// The stamp on the last one that was heard.
+    heard: Option<Stamp>,
     events: VecDeque<PulseEvent>,
     /// We said our last word.
     silent: bool,
@@ -92,6 +100,8 @@ impl Pulse {
             next_beat: now,
             body: HeartbeatBody::default(),
             peer: None,
+            last_beat: now,
+            heard: None,
             events: VecDeque::new(),
             silent: false,
             peer_ended: false,
@@ -153,8 +163,9 @@ impl Pulse {
     pub fn poll_transmit(&mut self, now: Duration) -> Option<Bytes> {
         if self.writer.queued_bytes() == 0 && now >= self.next_beat && !self.silent {
             self.next_beat = now.saturating_add(self.interval);
-            let body = messages::put_heartbeat(&self.body);
-            self.writer.frame(MessageType::Heartbeat, Epoch(0), &body, &[]);
+            self.last_beat = now;
+            let heartbeat = Heartbeat { body: self.body, said: Stamp::new(now), answers: self.heard };
+            self.writer.frame(MessageType::Heartbeat, Epoch(0), &messages::put_heartbeat(&heartbeat), &[]);
         }
         self.writer.poll().map(|(bytes, _)| bytes)
     }
@@ -234,11 +245,13 @@ impl Pulse {
                 self.events.push_back(PulseEvent::Goodbye { goodbye, generation });
             }
             (Some(peer), MessageType::Heartbeat) => {
-                let body = messages::heartbeat(&payload)?;
+                let Heartbeat { body, said, answers } = messages::heartbeat(&payload)?;
+                self.heard = Some(said);
+                let answers = answers.map(|stamp| stamp.latest_until(self.last_beat));
                 peer.generation = generation;
                 let peer = peer.clone();
                 let stale = generation < self.writer.identity().generation;
-                self.tell(if stale { PulseEvent::Stale { peer } } else { PulseEvent::Heard { peer, body } });
+                self.tell(if stale { PulseEvent::Stale { peer } } else { PulseEvent::Heard { peer, body, answers } });
             }
             (peer, other) => {
                 let waiting_for = if peer.is_none() { "Hello" } else { "Heartbeat" };

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use failover::arbiter::NodeRef;
 use failover::decide::{Action, Input, LinkLoss};
-use primary::decider::{Decider, heard, node_of};
+use primary::decider::{Decider, heard, heard_heartbeat, node_of};
 use primary::host::core_goodbye;
 use primary::pulse::PulseReport;
 use replication_proto::{Epoch, LinkError, RefuseCode};
@@ -74,9 +74,9 @@ impl Course {
         let out = &mut orders;
         match event {
             Event::Intake(event) => self.on_intake(event, decider, now, out),
-            Event::Pulse(PulseReport::Heard { peer, body }) => {
+            Event::Pulse(PulseReport::Heard { peer, body, answers }) => {
                 self.decide(Input::HigherGenerationSeen(peer.generation), decider, now, out);
-                self.decide(heard(&peer, Some(&body)), decider, now, out);
+                self.decide(heard_heartbeat(&peer, &body, answers, now), decider, now, out);
             }
             Event::Pulse(PulseReport::Generation(generation)) => {
                 self.decide(Input::HigherGenerationSeen(generation), decider, now, out);
@@ -115,7 +115,7 @@ impl Course {
                 self.owner = Some(node_of(&peer));
                 (self.asks, self.ask_at) = (false, None);
                 self.decide(Input::HigherGenerationSeen(peer.generation), decider, now, out);
-                self.decide(heard(&peer, None), decider, now, out);
+                self.decide(heard(&peer), decider, now, out);
             }
             IntakeEvent::BaseBegun(peer) => {
                 self.decide(Input::BaseBegun { owner: node_of(&peer) }, decider, now, out);
@@ -128,7 +128,7 @@ impl Course {
                 self.committed = epoch;
                 self.decide(Input::Committed { epoch }, decider, now, out);
             }
-            IntakeEvent::Heard(peer) => self.decide(heard(&peer, None), decider, now, out),
+            IntakeEvent::Heard(peer) => self.decide(heard(&peer), decider, now, out),
             IntakeEvent::Goodbye(peer, goodbye) => {
                 let input = Input::PeerGoodbye { peer: node_of(&peer), reason: core_goodbye(goodbye.reason) };
                 self.decide(input, decider, now, out);

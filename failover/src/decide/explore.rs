@@ -62,7 +62,7 @@ impl Core {
             (to, PeerReport { arbiter_age, ..said })
         });
         self.canonicalise_state(shift);
-        self.canonicalise_request(to);
+        self.canonicalise_request(shift, halt.max(probes));
         let versioned = [self.known.as_mut(), self.refused.as_mut()];
         versioned.into_iter().flatten().for_each(|Versioned { record, .. }| record.note.clear());
     }
@@ -85,10 +85,10 @@ impl Core {
         self.reason = if unprotected { ReasonCode::Unprotected } else { ReasonCode::Starting };
     }
 
-    fn canonicalise_request(&mut self, to: Duration) {
+    fn canonicalise_request(&mut self, shift: Shift, reach: Duration) {
         self.next_op = 1;
         if let Some(op) = &mut self.op {
-            (op.id, op.issued) = (OpId(0), to);
+            (op.id, op.issued) = (OpId(0), shift.past(op.issued, reach));
             if let Request::Cas { record: Record { note, .. }, .. } = &mut op.request {
                 note.clear();
             }

@@ -139,6 +139,7 @@ pub struct Core {
     next_op: u64,
     retry_at: Option<Duration>,
     probe_at: Duration,
+    /// When the latest request was made that had a usable answer.
     last_usable: Option<Duration>,
     alarm: Option<ReasonCode>,
 
@@ -341,18 +342,19 @@ impl Core {
     fn answered(&mut self, op: OpId, answer: Answer, now: Duration, out: &mut Vec<Action>) {
         // An answer to anything but the outstanding request is a late duplicate and says nothing new.
         let Some(outstanding) = self.op.take_if(|outstanding| outstanding.id == op) else { return };
+        let asked = outstanding.issued;
         match (outstanding.request, answer) {
-            (Request::Read, Answer::Read(Ok(read))) => self.accept(read, now, out),
+            (Request::Read, Answer::Read(Ok(read))) => self.accept(read, asked, now, out),
             (Request::Read, Answer::Read(Err(error))) => self.read_failed(&error, now, out),
             (Request::Cas { record, .. }, Answer::Cas(CasOutcome::Applied(revision))) => {
                 self.uncertain_at = None;
-                self.accept(Some(Versioned { revision, record }), now, out);
+                self.accept(Some(Versioned { revision, record }), asked, now, out);
             }
             (Request::Cas { expected, record }, Answer::Cas(CasOutcome::Unknown(_)))
                 if is(Mutant::UnknownIsApplied) =>
             {
                 let revision = Revision(expected.map_or(1, |revision| revision.0 + 1));
-                self.accept(Some(Versioned { revision, record }), now, out);
+                self.accept(Some(Versioned { revision, record }), asked, now, out);
             }
             (Request::Cas { .. }, Answer::Cas(CasOutcome::Conflict)) => self.stale = true,
             (Request::Cas { record, .. }, Answer::Cas(CasOutcome::Unknown(_)))
@@ -385,11 +387,12 @@ impl Core {
         }
     }
 
-    /// Takes a record as the truth, or refuses it (R7).
-    fn accept(&mut self, read: Option<Versioned>, now: Duration, out: &mut Vec<Action>) {
+    /// Takes a record as the truth, or refuses it (R7). An answer may have waited in this process's own queue while it was stopped, so all that it proves
+    /// is that the arbiter could be reached after it was `asked`.
+    fn accept(&mut self, read: Option<Versioned>, asked: Duration, now: Duration, out: &mut Vec<Action>) {
         let Some(read) = read else {
             if self.highest == Generation(0) {
-                self.last_usable = Some(now);
+                self.last_usable = Some(asked);
                 self.stale = false;
                 self.alarm = None;
             } else {
@@ -420,7 +423,7 @@ impl Core {
         // A grant without anything to run from stays true for as long as the record says so.
         self.alarm.take_if(|alarm| *alarm != ReasonCode::Hollow);
         self.blind = false;
-        self.last_usable = Some(now);
+        self.last_usable = Some(asked);
         self.learn(now, out);
     }
 

@@ -73,7 +73,7 @@ pub struct View {
     pub partner_arbiter_age: Option<Duration>,
     /// The last committed epoch of a standby.
     pub committed: Option<Epoch>,
-    /// How long ago the arbiter gave a usable answer.
+    /// How long ago the latest request to the arbiter was made that had a usable answer.
     pub arbiter_age: Option<Duration>,
     /// For how long a request to the arbiter has been outstanding.
     pub arbiter_pending: Option<Duration>,

@@ -8,7 +8,7 @@ use failover::decide::{Action, FenceReason, GoodbyeReason, GuestEnd, Input, Link
 use replication_proto::Epoch;
 use replication_proto::mutant::{self, Mutant};
 
-use crate::decider::{Decider, heard, node_of};
+use crate::decider::{Decider, heard_heartbeat, node_of};
 use crate::protect::{Protect, Session, Step};
 use crate::pulse::PulseReport;
 use crate::stream::StreamEvent;
@@ -250,9 +250,9 @@ impl Course {
         out: &mut Vec<Order>,
     ) {
         match report {
-            PulseReport::Heard { peer, body } => {
+            PulseReport::Heard { peer, body, answers } => {
                 self.decide(Input::HigherGenerationSeen(peer.generation), decider, now, out);
-                self.decide(heard(&peer, Some(&body)), decider, now, out);
+                self.decide(heard_heartbeat(&peer, &body, answers, now), decider, now, out);
             }
             PulseReport::Generation(generation) => {
                 self.decide(Input::HigherGenerationSeen(generation), decider, now, out);

@@ -16,6 +16,7 @@ use crate::message::{
     Hello, Refuse, RefuseCode, VersionRange,
 };
 use crate::ram::{PageRange, RamLayout};
+use crate::stamp::Stamp;
 use crate::wire::codec::{Reader, narrow16, narrow32};
 use crate::wire::zstd::{Decoder, Encoder};
 
@@ -317,7 +318,18 @@ pub(crate) fn end(payload: &[u8], epoch: Epoch, kind: CheckpointKind) -> Result<
     Ok(EndOfCheckpoint { epoch, kind, pages, sections, disk_changes, flushed, digest })
 }
 
-pub(crate) fn put_heartbeat(body: &HeartbeatBody) -> Vec<u8> {
+/// What a heartbeat carries: what its speaker says of itself, and its place in time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Heartbeat {
+    pub(crate) body: HeartbeatBody,
+    /// When it was said, on the speaker's clock.
+    pub(crate) said: Stamp,
+    /// The listener's stamp on the last heartbeat that the speaker had heard by then.
+    pub(crate) answers: Option<Stamp>,
+}
+
+pub(crate) fn put_heartbeat(heartbeat: &Heartbeat) -> Vec<u8> {
+    let Heartbeat { body, said, answers } = heartbeat;
     let HeartbeatBody { committed_epoch, state, armed, arbiter_ok_ms } = *body;
     let mut out = Vec::with_capacity(24);
     out.put_u64_le(committed_epoch.0);
@@ -326,18 +338,21 @@ pub(crate) fn put_heartbeat(body: &HeartbeatBody) -> Vec<u8> {
     out.put_bytes(0, 2);
     // An age that does not fit (50 days) is no success worth telling.
     out.put_u32_le(arbiter_ok_ms.unwrap_or(NEVER));
-    out.put_bytes(0, 8);
+    out.put_u32_le(said.to_wire());
+    out.put_u32_le(answers.map_or(0, Stamp::to_wire));
     out
 }
 
-pub(crate) fn heartbeat(payload: &[u8]) -> Result<HeartbeatBody, Malformed> {
+pub(crate) fn heartbeat(payload: &[u8]) -> Result<Heartbeat, Malformed> {
     let mut reader = Reader::new(payload);
     let (committed_epoch, state, armed) = (Epoch(reader.u64()?), reader.u8()?, reader.u8()?);
     reader.zeros(2)?;
     let age = reader.u32()?;
-    reader.zeros(8)?;
+    let said = Stamp::from_wire(reader.u32()?).ok_or(Malformed::Value { field: "time of a heartbeat" })?;
+    let answers = Stamp::from_wire(reader.u32()?);
     reader.end()?;
-    Ok(HeartbeatBody { committed_epoch, state, armed, arbiter_ok_ms: (age != NEVER).then_some(age) })
+    let body = HeartbeatBody { committed_epoch, state, armed, arbiter_ok_ms: (age != NEVER).then_some(age) };
+    Ok(Heartbeat { body, said, answers })
 }
 
 /// A frame's fields in front of its bytes.

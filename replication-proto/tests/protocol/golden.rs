@@ -156,6 +156,7 @@ fn protocol_page_is_of_these_sources() {
         "src/message.rs",
         "src/digest.rs",
         "src/disk.rs",
+        "src/stamp.rs",
         "src/wire/codec.rs",
         "src/wire/disk.rs",
         "src/wire/frame.rs",

@@ -25,6 +25,13 @@ fn body(epoch: u64) -> HeartbeatBody {
     HeartbeatBody { committed_epoch: Epoch(epoch), state: 2, armed: 3, arbiter_ok_ms: Some(40) }
 }
 
+/// The payload of a heartbeat that was said at the first moment of a process.
+const BEAT: [u8; 24] = {
+    let mut payload = [0; 24];
+    payload[16] = 1;
+    payload
+};
+
 /// Hello and heartbeat of heartbeat connections, from the specification.
 fn forged_hello(forge: &mut Forge) -> Vec<u8> {
     let mut payload = vec![2, 0, 0, 0, 1, 0, 1, 0];
@@ -38,8 +45,8 @@ fn pulse_beats_when_due_and_is_heard() {
     let (mut here, mut there) = (Pulse::new(primary(), INTERVAL, ms(0)), Pulse::new(backup(), INTERVAL, ms(5)));
     here.set_body(body(9));
     there.handle_bytes(&said(&mut here, ms(0))).unwrap();
-    let expected = [PulseEvent::Opened { peer: primary() }, PulseEvent::Heard { peer: primary(), body: body(9) }];
-    assert_eq!(events(&mut there), expected);
+    let heard = PulseEvent::Heard { peer: primary(), body: body(9), answers: None };
+    assert_eq!(events(&mut there), [PulseEvent::Opened { peer: primary() }, heard]);
     here.handle_bytes(&said(&mut there, ms(5))).unwrap();
     assert_eq!(here.next_deadline(), Some(ms(20)));
     assert_eq!(said(&mut here, ms(19)), []);
@@ -61,7 +68,10 @@ fn pulse_of_a_lower_generation_is_dropped_and_told_apart() {
     there.raise_generation(Generation(3)).unwrap();
     here.handle_bytes(&said(&mut there, ms(20))).unwrap();
     let raised = Identity { generation: Generation(3), ..backup() };
-    assert_eq!(events(&mut here), [PulseEvent::Heard { peer: raised, body: HeartbeatBody::default() }]);
+    assert_eq!(
+        events(&mut here),
+        [PulseEvent::Heard { peer: raised, body: HeartbeatBody::default(), answers: Some(ms(0)) }]
+    );
     // The backup takes over: the primary learns of the higher generation although its own heartbeats are dropped.
     there.raise_generation(Generation(4)).unwrap();
     here.handle_bytes(&said(&mut there, ms(40))).unwrap();
@@ -71,13 +81,40 @@ fn pulse_of_a_lower_generation_is_dropped_and_told_apart() {
     assert_eq!(there.raise_generation(Generation(3)).unwrap_err().code(), "api_misuse");
 }
 
+/// What waited in the connection for seconds is known to be that old, and what answers something new is new. Clocks of the two sides have nothing in common.
+#[test]
+fn pulse_tells_how_old_a_heartbeat_may_be() {
+    let there_at = |now: Duration| now + Duration::from_secs(86_400 * 60);
+    let mut here = Pulse::new(primary(), INTERVAL, ms(0));
+    let standby = Identity { generation: primary().generation, ..backup() };
+    let mut there = Pulse::new(standby, INTERVAL, there_at(ms(0)));
+    let answers = |pulse: &mut Pulse| match events(pulse).pop() {
+        Some(PulseEvent::Heard { answers, .. }) => answers,
+        other => panic!("{other:?}"),
+    };
+    let first = said(&mut there, there_at(ms(0)));
+    there.handle_bytes(&said(&mut here, ms(0))).unwrap();
+    here.handle_bytes(&first).unwrap();
+    assert_eq!(answers(&mut here), None, "it was said before anything was heard");
+    let waiting: Vec<Vec<u8>> = (1..=100).map(|n| said(&mut there, there_at(n * INTERVAL))).collect();
+    let mut held: Vec<u8> = (1..=100).flat_map(|n| said(&mut here, n * INTERVAL)).collect();
+    for bytes in waiting {
+        here.handle_bytes(&bytes).unwrap();
+        assert_eq!(answers(&mut here), Some(ms(0)), "only our first heartbeat got through before the cut");
+    }
+    held.extend(said(&mut here, ms(2020)));
+    there.handle_bytes(&held).unwrap();
+    here.handle_bytes(&said(&mut there, there_at(ms(2021)))).unwrap();
+    assert_eq!(answers(&mut here), Some(ms(2020)));
+}
+
 #[test]
 fn pulse_floods_become_one_event() {
     let mut forge = Forge::primary();
     let mut pulse = Pulse::new(backup(), INTERVAL, ms(0));
     pulse.handle_bytes(&forged_hello(&mut forge)).unwrap();
     for _ in 0..10_000 {
-        pulse.handle_bytes(&forge.frame(HEARTBEAT, 0, &[0; 24])).unwrap();
+        pulse.handle_bytes(&forge.frame(HEARTBEAT, 0, &BEAT)).unwrap();
     }
     assert_eq!(events(&mut pulse).len(), 2);
 }
@@ -114,7 +151,7 @@ fn pulse_of_others_and_broken_ones_are_refused() {
         assert_eq!(pulse.next_deadline(), None);
         error.code()
     };
-    let beat = |forge: &mut Forge| forge.frame(HEARTBEAT, 0, &[0; 24]);
+    let beat = |forge: &mut Forge| forge.frame(HEARTBEAT, 0, &BEAT);
     let as_other = |change: fn(&mut Forge)| {
         refused(&|forge| {
             change(forge);
@@ -135,10 +172,11 @@ fn pulse_of_others_and_broken_ones_are_refused() {
         )),
         "malformed.reserved"
     );
+    assert_eq!(refused(&|forge| forge.frame(HEARTBEAT, 0, &[0; 24])), "malformed.value", "said at no time");
     assert_eq!(refused(&|forge| forge.begin(1, 0)), "misbehaved.unexpected");
     assert_eq!(refused(&|forge| forge.hello()), "misbehaved.unexpected");
     assert_eq!(refused(&|forge| forge.frame(support::ACK, 1, &[])), "misbehaved.unexpected");
-    let mut frame = Forge { sequence: 1, ..Forge::primary() }.frame(HEARTBEAT, 0, &[0; 24]);
+    let mut frame = Forge { sequence: 1, ..Forge::primary() }.frame(HEARTBEAT, 0, &BEAT);
     for bit in 0..frame.len() * 8 {
         frame[bit / 8] ^= 1 << (bit % 8);
         assert!(refused(&|_| frame.clone()).starts_with("malformed."), "bit {bit}");

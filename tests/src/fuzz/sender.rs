@@ -370,7 +370,10 @@ fn beat(input: &mut Unstructured<'_>, ends: &mut [End; 2], now: &mut Duration) -
         6 => {
             let end = &mut ends[at];
             end.forge.generation = input.int_in_range(0..=9)?;
-            let flood: Vec<u8> = (0..100).flat_map(|_| end.forge.frame(HEARTBEAT, 0, &[0; 24])).collect();
+            let mut beat = [0; 24];
+            beat[16..20].copy_from_slice(&input.int_in_range(1..=u32::MAX)?.to_le_bytes());
+            beat[20..].copy_from_slice(&u32::to_le_bytes(input.arbitrary()?));
+            let flood: Vec<u8> = (0..100).flat_map(|_| end.forge.frame(HEARTBEAT, 0, &beat)).collect();
             end.hear(&flood);
         }
         7 => ends[at].pulse.set_body(HeartbeatBody {
