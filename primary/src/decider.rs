@@ -106,3 +106,31 @@ pub fn heard_heartbeat(peer: &Identity, body: &HeartbeatBody, answers: Option<Du
 pub fn node_of(peer: &Identity) -> NodeRef {
     NodeRef { node: peer.node.clone(), incarnation: peer.incarnation }
 }
+
+#[cfg(test)]
+mod tests {
+    use replication_proto::{Generation, Incarnation, NodeName};
+
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn what_a_heartbeat_says_ages_while_it_waits() {
+        let peer = Identity {
+            vm: VmId(1),
+            node: NodeName::new("b").expect("a name"),
+            generation: Generation(1),
+            incarnation: Incarnation(2),
+        };
+        let body = HeartbeatBody { arbiter_ok_ms: Some(40), ..HeartbeatBody::default() };
+        let age = |body: &HeartbeatBody, answers| match heard_heartbeat(&peer, body, answers, 5_000 * MS) {
+            Input::PeerHeard { report: Some(report), .. } => report.arbiter_age,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(age(&body, Some(4_990 * MS)), Some(50 * MS));
+        assert_eq!(age(&body, Some(MS)), Some(5_039 * MS), "it waited in the connection");
+        assert_eq!(age(&body, None), None, "nobody knows for how long it waited");
+        assert_eq!(age(&HeartbeatBody::default(), Some(5_000 * MS)), None, "never reached");
+    }
+}

@@ -294,7 +294,7 @@ impl RunnerThread {
                 }
             };
             let since = self.clock.now();
-            let waited_since = self.parts.gate.bell().waits_since();
+            let (waited_since, outputs) = (self.parts.gate.bell().waits_since(), self.parts.gate.bell().outputs());
             let epoch = self.last.next();
             self.use_epoch(epoch);
             link.epoch_begins(epoch.next());
@@ -317,7 +317,7 @@ impl RunnerThread {
             let now = self.clock.now();
             // What was waited for before the pause is not the pause.
             let began = now.saturating_sub(pause).max(since);
-            pacer.ended(&Taken { epoch, began, pause, waited_since, ran: vcpus.ran() }, now);
+            pacer.ended(&Taken { epoch, began, pause, waited_since, outputs, ran: vcpus.ran() }, now);
         }
     }
 
@@ -342,11 +342,15 @@ impl RunnerThread {
             }
             let asked = self.parts.verifier.wants_epochs() || self.parts.disks.wants_checkpoint();
             let full = !self.parts.arena.wait_for_room(Duration::ZERO);
-            let look = Look { now, waiting_since: bell.waits_since(), ran: vcpus.ran(), asked, full };
+            let (waiting_since, outputs) = (bell.waits_since(), bell.outputs());
+            let look = Look { now, waiting_since, outputs, ran: vcpus.ran(), asked, full };
             let until = match pacer.look(&look) {
                 Pace::End => return Woken::Due,
                 Pace::Look(at) => self.clock.instant(at.max(now)),
             };
+            if pacer.hoped_for(&look).is_some_and(|outputs| bell.ring_at(outputs)) {
+                continue;
+            }
             select! {
                 recv(self.commands) -> command => return command.map_or(Woken::Gone, Woken::Ordered),
                 recv(bell.heard()) -> _ => {}

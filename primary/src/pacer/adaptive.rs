@@ -2,7 +2,7 @@
 //!
 //! | what there is | when the epoch ends |
 //! |---|---|
-//! | an output waits, nothing is in flight | at once, while pauses stay within their budget of the guest's time |
+//! | an output waits, nothing is in flight | at once, or as soon as the other clients have spoken, too ([`super::rounds`]), while pauses stay within their budget of the guest's time |
 //! | an output waits behind a checkpoint that is in flight | with that one's commit, or when waiting longer would miss the target |
 //! | an output waits, the budget is spent | when it allows the next pause; with a latency as the target, not later than the target allows |
 //! | a guest that computes and says nothing | after [`WORK`] of processor time, so that no epoch outgrows the backup's limits |
@@ -14,6 +14,7 @@
 use std::time::Duration;
 
 use super::Look;
+use super::rounds::Rounds;
 
 /// Most processor time of the guest in one epoch, while no budget asks for more.
 pub const WORK: Duration = Duration::from_millis(25);
@@ -50,6 +51,7 @@ pub(super) struct Adaptive {
     ran: Option<Duration>,
     /// The part of the time between pauses in which the guest computes.
     busy: f64,
+    rounds: Rounds,
 }
 
 impl Adaptive {
@@ -63,7 +65,7 @@ impl Adaptive {
 
     fn new(target: Target, budget: f64, now: Duration) -> Self {
         assert!(budget > 0.0 && budget <= 1.0, "a share of the guest's time, not {budget}");
-        Self { target, budget, allowed_at: now, began: now, ran: None, busy: 1.0 }
+        Self { target, budget, allowed_at: now, began: now, ran: None, busy: 1.0, rounds: Rounds::default() }
     }
 
     pub(super) fn bound(&self) -> Duration {
@@ -74,15 +76,17 @@ impl Adaptive {
     }
 
     /// When the running epoch ends, as things are. `commit`: what lately passed from a pause to its commit.
-    pub(super) fn due(&self, look: &Look, in_flight: usize, commit: Duration) -> Duration {
+    pub(super) fn due(&mut self, look: &Look, in_flight: usize, commit: Duration) -> Duration {
+        self.rounds.look(look.outputs, in_flight, commit, look.now);
         let work = self.work_due(look);
         let Some(since) = look.waiting_since else { return work };
+        let alone = self.rounds.holds(look.outputs).map_or(since, |until| until.max(since)).max(self.allowed_at);
         let output = match self.target {
             Target::Latency(latency) => {
                 let late = since + latency.saturating_sub(commit).max(latency / LEAST_PART);
-                if in_flight == 0 { self.allowed_at.clamp(since, late.max(since)) } else { late }
+                if in_flight == 0 { alone.min(late.max(since)) } else { late }
             }
-            Target::Overhead if in_flight == 0 => self.allowed_at.max(since),
+            Target::Overhead if in_flight == 0 => alone,
             Target::Overhead => self.allowed_at.max(since + commit),
         };
         output.min(since + MOST_HELD).min(work)
@@ -107,8 +111,24 @@ impl Adaptive {
         (look.now + left).min(fresh)
     }
 
-    /// A pause ended. Returns what the guest lost by it.
-    pub(super) fn ended(&mut self, pause: Duration, ran: Option<Duration>, now: Duration) -> Duration {
+    /// See [`super::Pacer::hoped_for`].
+    pub(super) fn hoped_for(&self, look: &Look) -> Option<u32> {
+        self.rounds.hoped_for(look.outputs, look.now)
+    }
+
+    /// A commit let out so many outputs.
+    pub(super) fn released(&mut self, outputs: u32) {
+        self.rounds.released(outputs);
+    }
+
+    /// A pause ended, of an epoch with so many outputs. Returns what the guest lost by it.
+    pub(super) fn ended(
+        &mut self,
+        pause: Duration,
+        (outputs, ran): (u32, Option<Duration>),
+        now: Duration,
+    ) -> Duration {
+        self.rounds.ended(outputs);
         let between = now.saturating_sub(self.began).saturating_sub(pause).as_secs_f64();
         let newest = match (ran, self.ran) {
             (Some(ran), Some(before)) if between > 0.0 => ran.saturating_sub(before).as_secs_f64() / between,

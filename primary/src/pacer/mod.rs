@@ -16,6 +16,7 @@ mod measured;
 mod pressure;
 #[cfg(test)]
 mod pressure_tests;
+mod rounds;
 #[cfg(test)]
 mod tests;
 
@@ -61,6 +62,8 @@ pub struct Look {
     pub now: Duration,
     /// Since when the first output of the running epoch waits, or an epoch is wanted by whoever holds outputs.
     pub waiting_since: Option<Duration>,
+    /// How many outputs of the running epoch wait.
+    pub outputs: u32,
     /// Processor time that the guest's vCPUs have used in their lives, on average; `None`: not known, so it is taken to compute all the time.
     pub ran: Option<Duration>,
     /// Something on this side gets on with each epoch only: a comparison of both sides, a log of disk changes that fills.
@@ -89,6 +92,8 @@ pub struct Taken {
     pub pause: Duration,
     /// Since when the first of its outputs had waited.
     pub waited_since: Option<Duration>,
+    /// As [`Look::outputs`], when its end was decided.
+    pub outputs: u32,
     /// As [`Look::ran`], after the pause.
     pub ran: Option<Duration>,
 }
@@ -100,6 +105,7 @@ struct Flying {
     /// `None` of a base, whose commit says nothing of an epoch's.
     began: Option<Duration>,
     waited_since: Option<Duration>,
+    outputs: u32,
 }
 
 #[derive(Clone, Debug)]
@@ -129,7 +135,7 @@ impl Pacer {
             EpochPace::Latency(latency) => Rule::Adaptive(Adaptive::latency(latency, now)),
             EpochPace::Overhead(share) => Rule::Adaptive(Adaptive::overhead(share.share(), now)),
         };
-        let flying = VecDeque::from([Flying { epoch: base, began: None, waited_since: None }]);
+        let flying = VecDeque::from([Flying { epoch: base, began: None, waited_since: None, outputs: 0 }]);
         Self { pace, rule, in_flight_most, flying, measured: Measured::new(now), pressure }
     }
 
@@ -154,7 +160,7 @@ impl Pacer {
     /// What to do now.
     pub fn look(&mut self, look: &Look) -> Next {
         self.measured.time_passes(look.now);
-        let due = match &self.rule {
+        let due = match &mut self.rule {
             Rule::Fixed { next, .. } => *next,
             Rule::Adaptive(rule) => rule.due(look, self.flying.len(), self.measured.commit()),
         };
@@ -169,6 +175,14 @@ impl Pacer {
         } else {
             self.pressure.free(look.now);
             Next::End
+        }
+    }
+
+    /// With how many outputs to look again, if that matters before the time that [`Pacer::look`] named.
+    pub fn hoped_for(&self, look: &Look) -> Option<u32> {
+        match &self.rule {
+            Rule::Fixed { .. } => None,
+            Rule::Adaptive(rule) => rule.hoped_for(look),
         }
     }
 
@@ -202,8 +216,8 @@ impl Pacer {
     /// # Panics
     /// More are in flight than may be: whoever takes checkpoints did not ask.
     pub fn ended(&mut self, taken: &Taken, now: Duration) {
-        let Taken { epoch, began, pause, waited_since, ran } = *taken;
-        self.flying.push_back(Flying { epoch, began: Some(began), waited_since });
+        let Taken { epoch, began, pause, waited_since, outputs, ran } = *taken;
+        self.flying.push_back(Flying { epoch, began: Some(began), waited_since, outputs });
         let lost = match &mut self.rule {
             Rule::Fixed { interval, next } => {
                 *next += *interval;
@@ -212,7 +226,7 @@ impl Pacer {
                 }
                 pause
             }
-            Rule::Adaptive(rule) => rule.ended(pause, ran, now),
+            Rule::Adaptive(rule) => rule.ended(pause, (outputs, ran), now),
         };
         self.measured.ended(lost, now);
         assert!(self.flying.len() <= self.in_flight_most, "{} checkpoints in flight", self.flying.len());
@@ -222,6 +236,9 @@ impl Pacer {
     pub fn committed(&mut self, epoch: Epoch, now: Duration) {
         while let Some(flying) = self.flying.front().copied().filter(|flying| flying.epoch <= epoch) {
             self.flying.pop_front();
+            if let Rule::Adaptive(rule) = &mut self.rule {
+                rule.released(flying.outputs);
+            }
             if let Some(began) = flying.began {
                 let added = flying.waited_since.map(|since| now.saturating_sub(since));
                 self.measured.committed(now.saturating_sub(began), added);

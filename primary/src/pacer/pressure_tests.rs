@@ -91,7 +91,8 @@ impl Narrow {
                 self.last = self.last.next();
                 self.waiting.push_back((self.last, std::mem::take(&mut self.epoch_bytes)));
                 let pause = Duration::ZERO;
-                let taken = Taken { epoch: self.last, began: self.now, pause, waited_since: None, ran: None };
+                let taken =
+                    Taken { epoch: self.last, began: self.now, pause, waited_since: None, outputs: 0, ran: None };
                 self.pacer.ended(&taken, self.now);
             }
             self.most_waiting = self.most_waiting.max(self.unsent());

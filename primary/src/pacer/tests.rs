@@ -18,6 +18,7 @@ struct Toy {
     now: Duration,
     last: Epoch,
     waiting_since: Option<Duration>,
+    outputs: u32,
     ran: Duration,
     /// Part of the time in which the guest computes.
     busy: f64,
@@ -38,6 +39,7 @@ impl Toy {
             now: Duration::ZERO,
             last: Epoch(1),
             waiting_since: None,
+            outputs: 0,
             ran: Duration::ZERO,
             busy,
             pause: 200 * US,
@@ -51,6 +53,7 @@ impl Toy {
 
     fn says(&mut self) {
         self.waiting_since.get_or_insert(self.now);
+        self.outputs += 1;
     }
 
     fn pass(&mut self, span: Duration) {
@@ -68,6 +71,7 @@ impl Toy {
             let look = Look {
                 now: self.now,
                 waiting_since: self.waiting_since,
+                outputs: self.outputs,
                 ran: Some(self.ran),
                 asked: false,
                 full: false,
@@ -85,14 +89,14 @@ impl Toy {
 
     fn end(&mut self) {
         let began = self.now;
-        let waited_since = self.waiting_since.take();
+        let (waited_since, outputs) = (self.waiting_since.take(), std::mem::take(&mut self.outputs));
         if let Some(since) = waited_since {
             self.held_longest = self.held_longest.max(began - since);
         }
         self.now += self.pause;
         self.last = self.last.next();
         self.taken.push(began);
-        let taken = Taken { epoch: self.last, began, pause: self.pause, waited_since, ran: Some(self.ran) };
+        let taken = Taken { epoch: self.last, began, pause: self.pause, waited_since, outputs, ran: Some(self.ran) };
         self.pacer.ended(&taken, self.now);
         self.most_in_flight = self.most_in_flight.max(self.pacer.in_flight());
         // Commits come in order.
@@ -107,7 +111,7 @@ fn keeps_its_rhythm_and_makes_up_for_nothing() {
     let mut ends = |now: Duration, epoch: u64| {
         let look = Look { now, ..Look::default() };
         assert_eq!(pacer.look(&look), Next::End);
-        let taken = Taken { epoch: Epoch(epoch), began: now, pause: MS, waited_since: None, ran: None };
+        let taken = Taken { epoch: Epoch(epoch), began: now, pause: MS, waited_since: None, outputs: 0, ran: None };
         pacer.ended(&taken, now);
         pacer.look(&look)
     };
@@ -126,6 +130,61 @@ fn an_output_that_waits_alone_ends_the_epoch_at_once() {
         toy.live(2_000 * MS);
         assert_eq!((toy.taken.len(), toy.held_longest), (199, Duration::ZERO), "{pace:?}");
     }
+}
+
+/// `clients`, each of which says its next word when it has been answered, one after the other: what they were answered in so many epochs, and the longest
+/// wait for the end of an epoch.
+fn rounds(clients: u64) -> (usize, usize, Duration) {
+    const STEP: Duration = Duration::from_micros(10);
+    let mut toy = Toy::new(EpochPace::Latency(2 * MS), 8, 0.1);
+    let mut speak_at: Vec<Duration> = (1..=clients).map(|client| STEP * u32::try_from(client).unwrap()).collect();
+    let (mut running, mut sealed): (usize, VecDeque<(Epoch, usize)>) = (0, VecDeque::new());
+    let mut answered = 0;
+    while toy.now < 500 * MS {
+        let (step, taken) = (toy.now + STEP, toy.taken.len());
+        toy.live(step);
+        if toy.taken.len() > taken {
+            sealed.push_back((toy.last, std::mem::take(&mut running)));
+        }
+        let flying = toy.commits.front().map_or(Epoch(u64::MAX), |(_, epoch)| *epoch);
+        while let Some((_, outputs)) = sealed.pop_front_if(|(epoch, _)| *epoch < flying) {
+            answered += outputs;
+            speak_at.extend((1..=outputs).map(|nth| toy.now + STEP * u32::try_from(nth).unwrap()));
+        }
+        let (speak, later): (Vec<_>, Vec<_>) = speak_at.into_iter().partition(|at| *at <= toy.now);
+        speak_at = later;
+        speak.iter().for_each(|_| toy.says());
+        running += speak.len();
+    }
+    (answered, toy.taken.len(), toy.held_longest)
+}
+
+#[test]
+fn clients_that_are_answered_together_are_heard_together() {
+    let (answered, epochs, held) = rounds(10);
+    assert!(answered * 10 > epochs * 95, "{answered} answers in {epochs} epochs");
+    assert!(held < MS, "{held:?}");
+    // One client never waits for others.
+    assert_eq!(rounds(1).2, Duration::ZERO);
+}
+
+#[test]
+fn clients_that_do_not_speak_again_are_not_waited_for() {
+    let mut toy = Toy::new(EpochPace::Latency(2 * MS), 8, 0.1);
+    let mut waits = Vec::new();
+    for round in 0..1_000 {
+        // Two frames each time, the second of which nobody answers: the next round is one frame, and late.
+        toy.held_longest = Duration::ZERO;
+        toy.says();
+        if round % 2 == 0 {
+            toy.says();
+        }
+        let next = toy.now + if round % 2 == 0 { 900 * US } else { 5 * MS };
+        toy.live(next);
+        waits.push(toy.held_longest);
+    }
+    let late = waits.iter().skip(100).filter(|wait| !wait.is_zero()).count();
+    assert!(late < 20, "{late} of 900 rounds were held for nobody");
 }
 
 #[test]
@@ -228,7 +287,14 @@ proptest! {
             let until = toy.now + Duration::from_micros(us);
             toy.live(until);
             prop_assert!(toy.most_in_flight <= in_flight_most);
-            let looked = Look { now: toy.now, waiting_since: toy.waiting_since, ran: Some(toy.ran), asked: false, full: false };
+            let looked = Look {
+                now: toy.now,
+                waiting_since: toy.waiting_since,
+                outputs: toy.outputs,
+                ran: Some(toy.ran),
+                asked: false,
+                full: false,
+            };
             if toy.pacer.in_flight() < in_flight_most {
                 let decided = toy.pacer.look(&looked);
                 if let (Some(since), Next::Look(at)) = (toy.waiting_since, decided) {

@@ -97,6 +97,20 @@ fn what_waited_while_this_side_slept_does_not_arm_it() {
 }
 
 #[test]
+fn an_answer_that_waited_while_this_side_slept_is_as_old_as_its_question() {
+    let mut world = World::protected();
+    let asked = world.run_until(ms(3_000), |world| world.view(B).arbiter_pending.is_some());
+    assert!(asked.is_some(), "a probe");
+    world.freeze(B, true);
+    world.run(ms(8_000));
+    world.nodes[B].service = Service::Down;
+    world.freeze(B, false);
+    world.run(ms(20));
+    let age = world.view(B).arbiter_age.expect("it was reached before");
+    assert!(age >= ms(8_000), "{age:?}");
+}
+
+#[test]
 fn matrix_row_05_arbiter_down_and_primary_killed_nobody_runs_until_it_is_back() {
     let mut world = World::protected();
     world.nodes[B].service = Service::Down;

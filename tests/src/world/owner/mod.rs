@@ -66,6 +66,7 @@ struct Taking {
     epoch: Epoch,
     began: Duration,
     waited_since: Option<Duration>,
+    outputs: u32,
     afterwards: Afterwards,
     waits: bool,
 }

@@ -108,10 +108,13 @@ impl OwnerPart {
         }
         let (Doing::Epochs { pacer, .. }, bell) = (&mut self.doing, base.gate.bell()) else { return };
         let asked = self.parts.disks.wants_checkpoint();
-        let look = Look { now, waiting_since: bell.waits_since(), ran: Some(self.machine.ran()), asked, full: false };
+        let (waiting_since, outputs, ran) = (bell.waits_since(), bell.outputs(), Some(self.machine.ran()));
+        let look = Look { now, waiting_since, outputs, ran, asked, full: false };
         match pacer.look(&look) {
             Next::End => self.begin_end(base, env),
             Next::Look(at) => {
+                let waits = pacer.hoped_for(&look).is_some_and(|outputs| bell.ring_at(outputs));
+                assert!(!waits, "nothing was said meanwhile");
                 let at = base.world_time(at) + env.rng.range(0, 200_000);
                 self.wake_runner(at.max(env.now + 1_000), session, base, env);
             }
@@ -297,7 +300,7 @@ impl OwnerPart {
             self.does(Doing::Stopped);
             return;
         }
-        let waited_since = base.gate.bell().waits_since();
+        let (waited_since, outputs) = (base.gate.bell().waits_since(), base.gate.bell().outputs());
         let epoch = self.last.next();
         self.last = epoch;
         self.running_epoch = epoch.next();
@@ -309,7 +312,7 @@ impl OwnerPart {
         let Some((captured, waits)) = self.take(epoch, early, afterwards, base, env) else {
             return self.fail("no checkpoint", base, env);
         };
-        let taking = Taking { epoch, began: base.local(env.now), waited_since, afterwards, waits };
+        let taking = Taking { epoch, began: base.local(env.now), waited_since, outputs, afterwards, waits };
         if self.machine.watch().is_watching() {
             if let Doing::Epochs { phase, .. } = &mut self.doing {
                 *phase = Phase::Copying(captured, taking);
@@ -369,11 +372,11 @@ impl OwnerPart {
 
     /// The guest runs on after a checkpoint.
     fn ran_on(&mut self, taking: Taking, base: &Base, env: &mut Env) {
-        let Taking { epoch, began, waited_since, waits, .. } = taking;
+        let Taking { epoch, began, waited_since, outputs, waits, .. } = taking;
         if let Doing::Epochs { pacer, .. } = &mut self.doing {
             let (now, ran) = (base.local(env.now), Some(self.machine.ran()));
             let pause = if waits { (now - began).max(PAUSE) } else { PAUSE };
-            pacer.ended(&Taken { epoch, began, pause, waited_since, ran }, now);
+            pacer.ended(&Taken { epoch, began, pause, waited_since, outputs, ran }, now);
         }
         self.schedule(base, env);
     }
