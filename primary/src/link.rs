@@ -1,12 +1,12 @@
 //! The data connection to the backup: the only socket that carries guest state, on one thread that does nothing else. What the bytes mean is
 //! [`crate::stream`]'s business.
 
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, TryRecvError, unbounded};
@@ -16,6 +16,7 @@ use replication_proto::{DiskChange, Epoch, GoodbyeReason, LinkError, PieceHashes
 
 use crate::epoch::{CheckpointError, ROOM_PATIENCE, StagedCheckpoint};
 use crate::metrics::Metrics;
+use crate::outgoing::Outgoing;
 use crate::output::Gate;
 use crate::output::bell::Bell;
 use crate::pacer::Reading;
@@ -32,6 +33,10 @@ const READ_BUFFER_BYTES: usize = 64 << 10;
 const UNACKNOWLEDGED_MS: u32 = 5_000;
 /// Inbound frames are not told while so many commands wait for the socket.
 const INBOUND_WAITING_MAX: usize = 1_024;
+/// After an inbound frame, others wait so long to be sent together, unless there is something else to send.
+const INBOUND_LINGER: Duration = Duration::from_millis(1);
+/// So many do not wait.
+const INBOUND_TOGETHER: usize = 64;
 /// Pieces of disks wait before they are handed over while so many bytes of them are not encoded.
 const DISK_BYTES_WAITING_MAX: usize = 8 << 20;
 
@@ -105,6 +110,8 @@ struct Shared {
     running: AtomicU64,
     /// We want no more of this connection, whatever still waits to be sent.
     abandoned: AtomicBool,
+    /// The thread looks for inbound frames by itself before long.
+    lingers: AtomicBool,
 }
 
 /// What was handed over and is not done with.
@@ -148,8 +155,9 @@ impl Link {
             poll,
             stream: Stream::new(protocol, gate, Arc::clone(&metrics)),
             commands: inbox,
-            writing: Bytes::new(),
+            outgoing: Outgoing::default(),
             closing: false,
+            lingers_until: None,
             shared: Arc::clone(&shared),
             bell,
             answered,
@@ -291,13 +299,19 @@ impl Link {
         self.shared.running.store(epoch.0, Ordering::Release);
     }
 
-    /// Tells the backup of an inbound frame. While the link is behind, frames are left to retransmission.
+    /// Tells the backup of an inbound frame: the first one at once, those that follow closely together. While the link is behind, frames are left to
+    /// retransmission.
     pub fn inbound(&self, nic: u8, frame: &[u8]) {
         failpoint!(InboundSend => return);
-        if self.commands.len() < INBOUND_WAITING_MAX {
-            let epoch = Epoch(self.shared.running.load(Ordering::Acquire));
-            // An error means that the link is gone, and nobody wants to know.
-            self.command(Command::Inbound { epoch, nic, frame: Bytes::copy_from_slice(frame) }).ok();
+        let waiting = self.commands.len();
+        if waiting >= INBOUND_WAITING_MAX {
+            return;
+        }
+        let epoch = Epoch(self.shared.running.load(Ordering::Acquire));
+        // An error here and below means that the link is gone, and nobody wants to know.
+        self.commands.send(Command::Inbound { epoch, nic, frame: Bytes::copy_from_slice(frame) }).ok();
+        if !self.shared.lingers.swap(true, Ordering::SeqCst) || waiting >= INBOUND_TOGETHER {
+            self.waker.wake().ok();
         }
     }
 
@@ -341,9 +355,11 @@ struct LinkThread {
     poll: Poll,
     stream: Stream,
     commands: Receiver<Command>,
-    /// The rest of the frame that the socket is taking.
-    writing: Bytes,
+    /// What the socket is taking.
+    outgoing: Outgoing,
     closing: bool,
+    /// Inbound frames are sent together until then.
+    lingers_until: Option<Instant>,
     shared: Arc<Shared>,
     /// Rung when a commit arrived.
     bell: Arc<Bell>,
@@ -373,7 +389,7 @@ impl LinkThread {
             // Acknowledgements first: outputs wait for them.
             self.receive(&mut buffer)?;
             let all_sent = self.transmit()?;
-            let encoded = self.stream.queued_bytes() + self.writing.len();
+            let encoded = self.stream.queued_bytes() + self.outgoing.len();
             self.shared.encoded.store(encoded, Ordering::Relaxed);
             if self.shared.abandoned.load(Ordering::Acquire) || (self.closing && all_sent) {
                 return Ok(LinkEnd::Closed);
@@ -382,7 +398,14 @@ impl LinkThread {
             if (all_sent || self.stream.queued_bytes() < ENCODED_BYTES_HIGH) && self.take_command()? {
                 continue;
             }
-            match self.poll.poll(&mut ready, None) {
+            let linger = self.lingers_until.map(|until| until.saturating_duration_since(Instant::now()));
+            if linger == Some(Duration::ZERO) {
+                // Who told of a frame before this did not wake us: one more look.
+                self.shared.lingers.store(false, Ordering::SeqCst);
+                self.lingers_until = None;
+                continue;
+            }
+            match self.poll.poll(&mut ready, linger) {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 other => other?,
             }
@@ -432,20 +455,16 @@ impl LinkThread {
 
     /// Writes until the socket is full (false) or nothing waits (true).
     fn transmit(&mut self) -> Result<bool, LinkEnd> {
+        let Self { socket, stream, outgoing, metrics, .. } = self;
         loop {
-            if self.writing.is_empty() {
-                match self.stream.poll_transmit() {
-                    Some(frame) => self.writing = frame,
-                    None => {
-                        self.stream.note_sent();
-                        return Ok(true);
-                    }
-                }
+            outgoing.fill(|| stream.poll_transmit());
+            if outgoing.is_empty() {
+                stream.note_sent();
+                return Ok(true);
             }
-            match self.socket.write(&self.writing) {
+            match outgoing.write_to(socket) {
                 Ok(n) => {
-                    self.metrics.wire_bytes.fetch_add(u64::try_from(n).unwrap_or(0), Ordering::Relaxed);
-                    drop(self.writing.split_to(n));
+                    metrics.wire_bytes.fetch_add(u64::try_from(n).unwrap_or(0), Ordering::Relaxed);
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(false),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
@@ -470,7 +489,10 @@ impl LinkThread {
                 failpoint!(SendBegin => return Err(failpoint::injected().into()));
                 self.stream.checkpoint(checkpoint)?;
             }
-            Ok(Command::Inbound { epoch, nic, frame }) => self.stream.inbound(epoch, nic, &frame)?,
+            Ok(Command::Inbound { epoch, nic, frame }) => {
+                self.lingers_until.get_or_insert_with(|| Instant::now() + INBOUND_LINGER);
+                self.stream.inbound(epoch, nic, &frame)?;
+            }
             Ok(Command::Goodbye(reason, text)) => {
                 failpoint!(Goodbye => return Err(failpoint::injected().into()));
                 self.stream.goodbye(reason, &text)?;

@@ -24,6 +24,7 @@ use crate::disk::copy::Source as _;
 use crate::disk::set::Waiting as WaitingDisks;
 use crate::disk::{DiskError, DiskSet, Opened};
 use crate::events::{Event, EventFile};
+use crate::heap::keep_freed_memory;
 use crate::host::Host;
 use crate::metrics::Metrics;
 use crate::mirror::{Mirror, MirroredPort};
@@ -153,6 +154,7 @@ impl Process {
     /// # Errors
     /// Another process of this VM runs here, or the host has no random numbers.
     pub fn begin(config: &PairConfig, node: NodeName, role: NodeRole) -> Result<Self, SetupError> {
+        keep_freed_memory();
         let clock = Clock::start();
         let mut bytes = [0; 16];
         getrandom::fill(&mut bytes)
