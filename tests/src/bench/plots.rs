@@ -64,18 +64,19 @@ pub(super) fn throughput(report: &throughput::Report) -> Chart {
     let (first, last) =
         (lengths.iter().copied().fold(f64::INFINITY, f64::min), lengths.iter().copied().fold(0.0, f64::max));
     let mut series = Vec::new();
-    for pipeline in distinct(report.rows.iter().map(|row| row.pipeline)) {
-        let rows = || report.rows.iter().filter(move |row| row.pipeline == pipeline);
+    for (connections, pipeline) in distinct(report.rows.iter().map(|row| (row.connections, row.pipeline))) {
+        let load = format!("-c {connections} -P {pipeline}");
+        let rows = || report.rows.iter().filter(move |row| (row.connections, row.pipeline) == (connections, pipeline));
         let mut points: Vec<(f64, f64)> =
             rows().filter_map(|row| Some((millis(&row.mode)?, row.requests_per_second))).collect();
         points.sort_by(|one, other| one.0.total_cmp(&other.0));
-        series.push(line(series.len(), format!("fixed, -P {pipeline}"), points));
+        series.push(line(series.len(), format!("fixed, {load}"), points));
         for row in rows().filter(|row| millis(&row.mode).is_none()) {
             let points = [first, last].map(|length| (length, row.requests_per_second)).to_vec();
-            series.push(dashed(series.len(), format!("{}, -P {pipeline}", row.mode), points));
+            series.push(dashed(series.len(), format!("{}, {load}", row.mode), points));
         }
     }
-    let title = "redis-benchmark SET, 10 connections".into();
+    let title = "redis-benchmark SET".into();
     Chart { title, x: log("length of an epoch, ms"), y: log("requests a second"), series }
 }
 

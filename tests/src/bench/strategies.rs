@@ -16,8 +16,8 @@ use crate::real::artifacts::Artifacts;
 pub const SCHEMA: &str = "ft.bench.strategies/1";
 /// What a name of [`Plan::strategies`] ends with when the copy before the pause is always made.
 const PRECOPY: &str = "+precopy";
-/// Requests of each of `redis-benchmark`'s connections on their way at once.
-const PIPELINE: u32 = 16;
+/// What `redis-benchmark` does.
+const LOAD: throughput::Load = throughput::Load { connections: 10, pipeline: 16 };
 
 /// What to measure.
 #[derive(Clone, Debug)]
@@ -123,7 +123,7 @@ fn one(plan: &Plan, dirty_rate: u32, mode: &Mode, artifacts: &Artifacts) -> Resu
     let waits = replies(&mut client, plan.span)?;
     // Before the second load, which dirties pages of its own.
     let checkpoints = Checkpoints::of(&bench.status()?);
-    let throughput::Run { requests_per_second, .. } = throughput::one(&bench, PIPELINE, plan.span)?;
+    let throughput::Run { requests_per_second, .. } = throughput::one(&bench, LOAD, plan.span)?;
     Ok(Run { reply_us: Spread::of_us(waits.into_iter()), requests_per_second, checkpoints })
 }
 
@@ -159,10 +159,12 @@ impl Findings for Report {
 
     fn tables(&self) -> Vec<Table> {
         let title = format!(
-            "ways to capture, [epoch] {}; pages dirtied among {}; pauses by the owner's own figures; one INCR at a time; redis-benchmark SET with -P {PIPELINE}; \
+            "ways to capture, [epoch] {}; pages dirtied among {}; pauses by the owner's own figures; one INCR at a time; redis-benchmark SET with -c {} -P {}; \
              medians of {} runs, in turn; {}",
             self.epoch,
             self.buffer_pages,
+            LOAD.connections,
+            LOAD.pipeline,
             self.rows.first().map_or(0, |row| row.runs.len()),
             self.machine
         );

@@ -13,13 +13,35 @@ use crate::real::network::{GUEST_IP, GUEST_PORT};
 use crate::real::tools;
 
 /// Version of the JSON form.
-pub const SCHEMA: &str = "ft.bench.throughput/2";
+pub const SCHEMA: &str = "ft.bench.throughput/3";
 /// How long one run may take.
 const LIMIT: Duration = Duration::from_secs(300);
-/// Connections, as `redis-benchmark -c`.
-const CONNECTIONS: &str = "10";
-/// Requests of the trial before a run, for each that a connection has on its way at once: twenty round trips.
+/// Requests of the trial before a run, for each that ten connections have on their way at once: twenty round trips.
 const TRIAL: u32 = 200;
+
+/// A load of `redis-benchmark`, which has no more requests on their way than these.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Load {
+    /// Connections (`-c`).
+    pub connections: u32,
+    /// Requests that each has on its way at once (`-P`).
+    pub pipeline: u32,
+}
+
+impl std::str::FromStr for Load {
+    type Err = String;
+
+    /// `CONNECTIONSxPIPELINE`.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let numbers = text.split_once('x').and_then(|(c, p)| Some((c.parse().ok()?, p.parse().ok()?)));
+        match numbers {
+            Some((connections @ 1..=128, pipeline @ 1..=1_000)) => Ok(Self { connections, pipeline }),
+            _ => Err(format!(
+                "{text:?} is no load: connections (to 128) x requests under way on each (to 1000), as in 10x16"
+            )),
+        }
+    }
+}
 
 /// What to measure.
 #[derive(Clone, Debug)]
@@ -28,8 +50,8 @@ pub struct Plan {
     pub modes: Vec<Mode>,
     /// Rounds.
     pub rounds: u32,
-    /// Requests that each connection has on their way at once.
-    pub pipelines: Vec<u32>,
+    /// Loads.
+    pub loads: Vec<Load>,
     /// About how long each run takes.
     pub span: Duration,
 }
@@ -49,6 +71,7 @@ pub struct Report {
 #[expect(missing_docs, reason = "the names of the JSON form; docs/performance.md says what each is")]
 pub struct Row {
     pub mode: String,
+    pub connections: u32,
     pub pipeline: u32,
     pub requests_per_second: f64,
     pub ratio_to_first: f64,
@@ -74,14 +97,17 @@ pub fn run(plan: &Plan, artifacts: &Artifacts, mut progress: impl FnMut(&str)) -
     let machine = host_description();
     tools::require("redis-benchmark")?;
     plan.modes.iter().try_for_each(|mode| mode.check(artifacts))?;
-    let mut runs = vec![vec![Vec::new(); plan.pipelines.len()]; plan.modes.len()];
+    let mut runs = vec![vec![Vec::new(); plan.loads.len()]; plan.modes.len()];
     for round in 1..=plan.rounds {
         for (mode, runs) in plan.modes.iter().zip(&mut runs) {
             let bench = Bench::start(artifacts, mode, "256MiB", "")?;
-            for (&pipeline, runs) in plan.pipelines.iter().zip(runs) {
-                let run = one(&bench, pipeline, plan.span)?;
-                let rate = run.requests_per_second;
-                progress(&format!("round {round}, {}, pipeline {pipeline}: {rate:.0} requests/s", mode.name));
+            for (&load, runs) in plan.loads.iter().zip(runs) {
+                let run = one(&bench, load, plan.span)?;
+                let (rate, Load { connections, pipeline }) = (run.requests_per_second, load);
+                progress(&format!(
+                    "round {round}, {}, -c {connections} -P {pipeline}: {rate:.0} requests/s",
+                    mode.name
+                ));
                 runs.push(run);
             }
         }
@@ -90,11 +116,11 @@ pub fn run(plan: &Plan, artifacts: &Artifacts, mut progress: impl FnMut(&str)) -
     let first: Vec<f64> = runs.first().into_iter().flatten().map(|runs| middle(runs)).collect();
     let mut rows = Vec::new();
     for (mode, runs) in plan.modes.iter().zip(runs) {
-        for ((&pipeline, runs), first) in plan.pipelines.iter().zip(runs).zip(&first) {
+        for ((&Load { connections, pipeline }, runs), first) in plan.loads.iter().zip(runs).zip(&first) {
             let requests_per_second = middle(&runs);
             let (mode, ratio_to_first) = (mode.name.clone(), ratio(requests_per_second, *first));
             let reply_us = Spread::of_runs(runs.iter().map(|run| run.reply_us));
-            rows.push(Row { mode, pipeline, requests_per_second, ratio_to_first, reply_us, runs });
+            rows.push(Row { mode, connections, pipeline, requests_per_second, ratio_to_first, reply_us, runs });
         }
     }
     let seconds_per_run = plan.span.as_secs_f64();
@@ -105,11 +131,11 @@ pub fn run(plan: &Plan, artifacts: &Artifacts, mut progress: impl FnMut(&str)) -
 ///
 /// # Errors
 /// It failed, or the state of the pair changed meanwhile.
-pub fn one(bench: &Bench, pipeline: u32, span: Duration) -> Result<Run, BenchError> {
-    let trial = TRIAL * pipeline;
-    let (rate, _) = load(bench, pipeline, trial)?;
+pub fn one(bench: &Bench, load: Load, span: Duration) -> Result<Run, BenchError> {
+    let trial = TRIAL * load.pipeline * load.connections.div_ceil(10);
+    let (rate, _) = lay(bench, load, trial)?;
     let requests = requests_in(rate, span).max(trial);
-    let (requests_per_second, reply_us) = load(bench, pipeline, requests)?;
+    let (requests_per_second, reply_us) = lay(bench, load, requests)?;
     Ok(Run { requests, requests_per_second, reply_us, checkpoints: Checkpoints::of(&bench.status()?) })
 }
 
@@ -118,10 +144,11 @@ fn requests_in(rate: f64, span: Duration) -> u32 {
     (rate * span.as_secs_f64()).round() as u32
 }
 
-fn load(bench: &Bench, pipeline: u32, requests: u32) -> Result<(f64, Spread), BenchError> {
-    let [port, pipeline, requests] = [u32::from(GUEST_PORT), pipeline, requests].map(|number| number.to_string());
-    let to = ["-h", GUEST_IP, "-p", &port, "-t", "set", "-c", CONNECTIONS, "-r", "10000", "--csv"];
-    let words: Vec<&str> = to.into_iter().chain(["-n", &requests, "-P", &pipeline]).collect();
+fn lay(bench: &Bench, Load { connections, pipeline }: Load, requests: u32) -> Result<(f64, Spread), BenchError> {
+    let numbers = [u32::from(GUEST_PORT), connections, pipeline, requests].map(|number| number.to_string());
+    let [port, connections, pipeline, requests] = &numbers;
+    let to = ["-h", GUEST_IP, "-p", port, "-t", "set", "-r", "10000", "--csv"];
+    let words: Vec<&str> = to.into_iter().chain(["-n", requests, "-c", connections, "-P", pipeline]).collect();
     let said = bench.pair.run_client("redis-benchmark", &words, LIMIT)?.success("redis-benchmark")?;
     parse(&said).ok_or_else(|| BenchError::Wrong(format!("redis-benchmark said {said:?}")))
 }
@@ -134,27 +161,28 @@ fn parse(csv: &str) -> Option<(f64, Spread)> {
     Some((*rate, Spread { p50: p50 * 1e3, p99: p99 * 1e3, max: max * 1e3 }))
 }
 
-/// What a guest is to keep of its requests a second with pipelines of [`TARGET_PIPELINE`], where the target of a mode is an overhead.
+/// What a guest is to keep of its requests a second under [`TARGET_LOAD`], where the target of a mode is an overhead.
 const KEEPS: f64 = 0.7;
-/// Requests on their way on each connection in the load that has a target.
-const TARGET_PIPELINE: u32 = 16;
+/// The load that has a target.
+const TARGET_LOAD: Load = Load { connections: 10, pipeline: 16 };
 
 impl Findings for Report {
     const NAME: &'static str = "throughput";
 
     fn tables(&self) -> Vec<Table> {
         let title = format!(
-            "redis-benchmark SET, {CONNECTIONS} connections; medians of {} runs of about {} s, in turn; {}",
+            "redis-benchmark SET; medians of {} runs of about {} s, in turn; {}",
             self.rows.first().map_or(0, |row| row.runs.len()),
             self.seconds_per_run,
             self.machine
         );
-        let heads = ["", "pipeline", "requests/s", "ratio", "p50 us", "p99 us", "max us", "epochs/s", "pause p50 us"];
+        let heads = ["", "-c", "-P", "requests/s", "ratio", "p50 us", "p99 us", "max us", "epochs/s", "pause p50 us"];
         let mut table = Table::new(title, &heads);
         for row in &self.rows {
             let middle = |part: fn(&Run) -> f64| median(row.runs.iter().map(part).collect());
             let mut cells = vec![
                 row.mode.clone(),
+                row.connections.to_string(),
                 row.pipeline.to_string(),
                 format!("{:.0}", row.requests_per_second),
                 format!("{:.2}", row.ratio_to_first),
@@ -169,9 +197,12 @@ impl Findings for Report {
     }
 
     fn targets(&self) -> Vec<Target> {
-        let auto = |row: &&Row| row.mode.starts_with("overhead=") && row.pipeline == TARGET_PIPELINE;
+        let auto = |row: &&Row| {
+            let load = Load { connections: row.connections, pipeline: row.pipeline };
+            row.mode.starts_with("overhead=") && load == TARGET_LOAD
+        };
         let target = |row: &Row| {
-            let what = format!("requests/s over unprotected; {}, pipeline {}", row.mode, row.pipeline);
+            let what = format!("requests/s over unprotected; {}, -c {} -P {}", row.mode, row.connections, row.pipeline);
             Target::at_least(what, row.ratio_to_first, KEEPS)
         };
         self.rows.iter().filter(auto).map(target).collect()
@@ -181,6 +212,14 @@ impl Findings for Report {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn loads_in_words() {
+        assert_eq!("10x16".parse(), Ok(TARGET_LOAD));
+        for wrong in ["", "10", "x", "0x1", "1x0", "129x1", "1x1001", "10x16x1"] {
+            assert!(wrong.parse::<Load>().is_err(), "{wrong}");
+        }
+    }
 
     #[test]
     fn what_redis_benchmark_says() {

@@ -112,7 +112,10 @@ enum What {
         /// Rounds, each with every mode.
         #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
         rounds: u32,
-        /// About how long each run takes: with pipelines of 16, then without.
+        /// Loads: connections x requests under way on each (`redis-benchmark -c` and `-P`).
+        #[arg(long, value_delimiter = ',', default_value = "10x16,10x1,100x16")]
+        loads: Vec<throughput::Load>,
+        /// About how long each run takes.
         #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=60))]
         seconds: u64,
     },
@@ -315,9 +318,9 @@ fn with_pairs(what: What, built: &Artifacts, json: Option<PathBuf>) -> anyhow::R
             let plan = latency::Plan { modes, rounds, span: span(seconds), dirty_pages_per_second: dirty_rate };
             tell(&latency::run(&plan, built, progress)?, json)
         }
-        What::Throughput { fixed, adaptive, rounds, seconds } => {
-            let (modes, pipelines) = (Mode::compared(&fixed, &adaptive), vec![16, 1]);
-            let plan = throughput::Plan { modes, rounds, pipelines, span: span(seconds) };
+        What::Throughput { fixed, adaptive, rounds, loads, seconds } => {
+            let plan =
+                throughput::Plan { modes: Mode::compared(&fixed, &adaptive), rounds, loads, span: span(seconds) };
             tell(&throughput::run(&plan, built, progress)?, json)
         }
         What::Strategies { strategies, rates, buffer_pages, epoch, seconds, rounds } => {
