@@ -4,6 +4,8 @@
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 
+use super::wait::wait_a_moment;
+
 /// What is shared: pieces, numbered from 0, each done once and by one thread.
 struct Job<'a> {
     next: AtomicUsize,
@@ -70,10 +72,8 @@ struct Withdrawn<'a>(&'a Crew);
 impl Drop for Withdrawn<'_> {
     fn drop(&mut self) {
         self.0.job.store(ptr::null_mut(), Ordering::SeqCst);
-        while self.0.inside.load(Ordering::SeqCst) != 0 {
-            // The helper's last piece; on a busy host it may have to be scheduled first.
-            std::thread::yield_now();
-        }
+        // The helper's last piece; on a busy host it may have to be scheduled first.
+        wait_a_moment(|| self.0.inside.load(Ordering::SeqCst) == 0);
     }
 }
 

@@ -15,7 +15,9 @@
 mod crew;
 mod exit;
 pub(crate) mod kick;
+mod slice;
 mod throttle;
+mod wait;
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
@@ -38,6 +40,7 @@ use crew::Crew;
 use exit::After;
 use kick::{ImmediateExit, kick_signal};
 use throttle::{Rhythm, Slower, Slowing};
+use wait::{Waits, wait_a_moment};
 
 /// How long a thread looks at a flag before it sleeps, where it can have a processor of its own. A pause is shorter than this, and a processor that fell
 /// asleep takes a good part of a pause to wake up.
@@ -114,6 +117,7 @@ struct Rendezvous {
     vcpus: usize,
     /// For whoever stops the vCPUs.
     spin: Duration,
+    waits: Waits,
     /// What stopped threads help with.
     crew: Crew,
     order: AtomicU8,
@@ -187,28 +191,6 @@ fn spin(threads: usize) -> Duration {
     if processors >= threads { SPIN } else { Duration::ZERO }
 }
 
-/// Looks at `done` for a while, then sleeps until somebody unparks this thread; false when `deadline` passes first.
-fn wait_until(spin: Duration, deadline: Option<Instant>, done: impl Fn() -> bool) -> bool {
-    let began = Instant::now();
-    while began.elapsed() < spin {
-        if done() {
-            return true;
-        }
-        // Whoever is waited for may have been put on this very processor.
-        std::thread::yield_now();
-    }
-    while !done() {
-        match deadline {
-            None => std::thread::park(),
-            Some(at) => match at.checked_duration_since(Instant::now()) {
-                Some(left) if !left.is_zero() => std::thread::park_timeout(left),
-                _ => return done(),
-            },
-        }
-    }
-    true
-}
-
 /// The running vCPU threads of a machine.
 pub(crate) struct VcpuThreads {
     shared: Arc<Rendezvous>,
@@ -245,6 +227,7 @@ impl VcpuThreads {
         let shared = Arc::new(Rendezvous {
             vcpus: vcpus.len(),
             spin: spin(vcpus.len() + 1),
+            waits: Waits::default(),
             crew: Crew::default(),
             order: AtomicU8::new(Order::Stop.to_u8()),
             runs: AtomicU64::new(0),
@@ -267,7 +250,10 @@ impl VcpuThreads {
             // Beside the first so many vCPUs, whoever stopped them has a processor, too.
             let spin = spin(usize::from(vcpu.index) + 2);
             let runner = Runner { vcpu, shared, devices, immediate_exit: own_flag, spin, rhythm: Rhythm::default() };
-            let thread = std::thread::Builder::new().name(name).spawn(move || runner.live())?;
+            let thread = std::thread::Builder::new().name(name).spawn(move || {
+                slice::take_short_turns();
+                runner.live();
+            })?;
             all.threads.push(Arc::new(VcpuThread { immediate_exit, thread: Mutex::new(Some(thread)) }));
         }
         Ok(all)
@@ -299,7 +285,7 @@ impl VcpuThreads {
         let deadline = Instant::now() + STOP_PATIENCE;
         let shared = &*self.shared;
         let all_parked = || shared.parked.load(Ordering::SeqCst) == shared.vcpus || shared.has_ended();
-        let in_time = wait_until(shared.spin, Some(deadline), all_parked);
+        let in_time = shared.waits.wait_until(shared.spin, Some(deadline), all_parked);
         *lock(&shared.stopper) = None;
         if shared.has_ended() {
             return Err(PauseError::Ended(shared.why_ended()));
@@ -402,7 +388,7 @@ impl Runner {
         let mut runs = 0;
         loop {
             // Paused: waits for the order to run or to end, and helps with what there is to do.
-            wait_until(self.spin, None, || {
+            self.shared.waits.wait_until(self.spin, None, || {
                 self.shared.crew.help();
                 self.shared.runs.load(Ordering::SeqCst) != runs || self.shared.order() == Order::End
             });
@@ -472,9 +458,7 @@ impl Runner {
         self.shared.drained.fetch_add(1, Ordering::SeqCst);
         // The exit that another vCPU still completes may raise an interrupt in this one's LAPIC.
         let all_drained = || self.shared.drained.load(Ordering::SeqCst) == self.shared.vcpus;
-        while !all_drained() && !self.shared.has_ended() {
-            std::thread::yield_now();
-        }
+        wait_a_moment(|| all_drained() || self.shared.has_ended());
         let began = Instant::now();
         let section = self.vcpu.capture();
         if let Some(slot) = self.shared.states.get(usize::from(self.vcpu.index)) {
