@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 const SHARED: Duration = Duration::from_millis(1);
 /// For how long that is believed at first: everybody's processor is away for a moment now and then. Twice as long each time that it turns out to be true
 /// still, at most [`BELIEVED_MOST`].
-const BELIEVED: Duration = Duration::from_millis(100);
+const BELIEVED: Duration = Duration::from_millis(50);
+/// Who is shared still finds out so soon when it is tried again.
+const STILL: Duration = Duration::from_millis(20);
 const BELIEVED_MOST: Duration = Duration::from_secs(4);
 /// For how long a thread looks even then, without giving the processor up.
 const GLANCE: Duration = Duration::from_micros(20);
@@ -73,7 +75,7 @@ impl Waits {
         }
         // Threads that find out at the same moment may each double it, which does no harm.
         let before = Duration::from_nanos(self.believed.load(Ordering::Relaxed));
-        let still = Duration::from_nanos(now - until) < before;
+        let still = before > Duration::ZERO && Duration::from_nanos(now - until) < STILL;
         let believed = if still { (before * 2).min(BELIEVED_MOST) } else { BELIEVED };
         let nanos = u64::try_from(believed.as_nanos()).unwrap_or(u64::MAX);
         self.believed.store(nanos, Ordering::Relaxed);
@@ -124,7 +126,7 @@ mod tests {
             waits.note_shared(at);
             assert!(waits.are_shared(at + believed / 2) && !waits.are_shared(at + believed));
             // It is still true when it is tried again.
-            (at, believed) = (at + believed + believed / 2, (believed * 2).min(BELIEVED_MOST));
+            (at, believed) = (at + believed + STILL / 2, (believed * 2).min(BELIEVED_MOST));
         }
         let later = at + 2 * BELIEVED_MOST;
         waits.note_shared(later);
