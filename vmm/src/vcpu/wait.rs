@@ -14,8 +14,11 @@ const BELIEVED: Duration = Duration::from_millis(50);
 /// Who is shared still finds out so soon when it is tried again.
 const STILL: Duration = Duration::from_millis(20);
 const BELIEVED_MOST: Duration = Duration::from_secs(4);
-/// For how long a thread looks even then, without giving the processor up.
-const GLANCE: Duration = Duration::from_micros(20);
+/// For how long a thread looks even then, without giving the processor up, at first and after it had something to do: as long as a small checkpoint takes
+/// from one such moment to the next.
+const GLANCE: Duration = Duration::from_micros(60);
+/// A look that takes so long was work.
+const WORK: Duration = Duration::from_micros(5);
 
 /// What the threads of one machine know of their processors.
 #[derive(Debug)]
@@ -41,17 +44,22 @@ impl Waits {
 
     fn looks(&self, spin: Duration, done: &impl Fn() -> bool) -> bool {
         let began = Instant::now();
-        let mut now = began;
+        let (mut now, mut glances_since) = (began, began);
         while now - began < spin {
             if done() {
                 return true;
             }
+            let looked = Instant::now();
+            if looked - now >= WORK {
+                // There was something to do, so things are moving.
+                glances_since = looked;
+            }
+            now = looked;
             if self.are_shared(now) {
-                if now - began >= GLANCE {
+                if now - glances_since >= GLANCE {
                     return false;
                 }
                 std::hint::spin_loop();
-                now = Instant::now();
                 continue;
             }
             std::thread::yield_now();
@@ -59,7 +67,7 @@ impl Waits {
             if back - now >= SHARED {
                 self.note_shared(back);
             }
-            now = back;
+            (now, glances_since) = (back, back);
         }
         false
     }
