@@ -294,12 +294,12 @@ impl RunnerThread {
                 }
             };
             let since = self.clock.now();
-            let (waited_since, outputs) = (self.parts.gate.bell().waits_since(), self.parts.gate.bell().outputs());
+            let bell = Arc::clone(self.parts.gate.bell());
+            let (waited_since, outputs) = (bell.waits_since(), bell.outputs());
             let epoch = self.last.next();
             self.use_epoch(epoch);
             link.epoch_begins(epoch.next());
-            let (bell, orders) = (self.parts.gate.bell(), &self.commands);
-            let mut commit = |epoch| await_commit(epoch, bell, orders, || link.is_open());
+            let mut commit = |epoch| await_commit(epoch, &bell, &self.commands, || link.is_open());
             let pause = match checkpoint(&mut *self.machine, &self.parts, link, (epoch, afterwards), &mut commit) {
                 Ok(pause) => pause.whole,
                 // The guest ended by itself and its machine says so. The backup must not see the link go before the record says *stopped*.

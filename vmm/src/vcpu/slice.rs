@@ -9,19 +9,17 @@ const SLICE: Duration = Duration::from_micros(100);
 
 /// The calling thread takes short turns from now on, as many as its weight allows. It needs no privilege; where the kernel refuses, nothing changes.
 pub(crate) fn take_short_turns() {
-    let (mut attr, size) = (
-        libc::sched_attr {
-            size: 0,
-            sched_policy: 0,
-            sched_flags: 0,
-            sched_nice: 0,
-            sched_priority: 0,
-            sched_runtime: 0,
-            sched_deadline: 0,
-            sched_period: 0,
-        },
-        size_of::<libc::sched_attr>(),
-    );
+    let size = size_of::<libc::sched_attr>();
+    let mut attr = libc::sched_attr {
+        size: 0,
+        sched_policy: 0,
+        sched_flags: 0,
+        sched_nice: 0,
+        sched_priority: 0,
+        sched_runtime: 0,
+        sched_deadline: 0,
+        sched_period: 0,
+    };
     // SAFETY: the kernel writes at most `size` bytes into `attr`, which has them; 0 is the calling thread, and there are no flags.
     let got = unsafe { libc::syscall(libc::SYS_sched_getattr, 0, &raw mut attr, size, 0) };
     if got != 0 || attr.sched_policy != libc::SCHED_OTHER.unsigned_abs() {

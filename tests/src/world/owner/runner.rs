@@ -300,7 +300,8 @@ impl OwnerPart {
             self.does(Doing::Stopped);
             return;
         }
-        let (waited_since, outputs) = (base.gate.bell().waits_since(), base.gate.bell().outputs());
+        let bell = base.gate.bell();
+        let (waited_since, outputs) = (bell.waits_since(), bell.outputs());
         let epoch = self.last.next();
         self.last = epoch;
         self.running_epoch = epoch.next();
