@@ -156,7 +156,7 @@ fn wrong_configuration(scene: &mut Scene) -> Result<()> {
         }
     }
     if machine == MachineKind::Kvm {
-        let kernel = pair.artifacts().guest.clone().expect("built for KVM").display().to_string();
+        let kernel = pair.artifacts().guest.clone().expect("built for KVM").kernel.display().to_string();
         let no_image = pair.altered_config("image.toml", &kernel, "/etc/passwd")?;
         refused(pair, "ft-primary", &no_image, 14, "/etc/passwd")?;
         let no_file = pair.altered_config("file.toml", &kernel, "/no/such/kernel")?;

@@ -35,7 +35,7 @@ impl Bench {
         }
         let alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         let artifacts = Artifacts::build(MachineKind::Kvm, |_| {}).unwrap_or_else(|e| panic!("{e}"));
-        let guest = artifacts.guest.expect("built for KVM");
+        let guest = artifacts.guest.expect("built for KVM").kernel;
         let (network, dir) = (Network::new().expect("a network"), tempfile::tempdir().expect("a directory"));
         Some(Self { _alone: alone, network, guest, dir })
     }

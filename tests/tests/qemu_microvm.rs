@@ -17,7 +17,7 @@ fn guest_boots_in_qemu_and_answers() {
     let network = Network::new().unwrap();
     let dir = tempfile::tempdir().unwrap();
     let log = dir.path().join("qemu.log");
-    let image = artifacts.guest.expect("built for KVM");
+    let image = artifacts.guest.expect("built for KVM").kernel;
     let mut machine = Machine::boot(&network, qemu::command(&image, "", &[]), &log).unwrap_or_else(|e| panic!("{e}"));
     let connection = &mut machine.connection;
     assert_eq!(connection.call(&["PING"]).unwrap(), Reply::Simple("PONG".into()));

@@ -78,6 +78,9 @@ fn faults(args: Args) -> anyhow::Result<bool> {
         Machine::Kvm => MachineKind::Kvm,
         Machine::Model => MachineKind::Model,
     };
+    if let Some(dir) = &files {
+        std::fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
+    }
     let artifacts = Artifacts::build(machine, |step| eprintln!("{step}"))?;
     let until = limit.map(|minutes| Instant::now() + Duration::from_secs(60 * minutes));
     let longest = Duration::from_millis(longest_ms);

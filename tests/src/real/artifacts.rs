@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 use std::{fs, io};
 
 use super::{Error, MachineKind, Result, tools};
@@ -11,13 +12,49 @@ use super::{Error, MachineKind, Result, tools};
 pub struct Artifacts {
     /// Where `ft-primary`, `ft-backup` and `ftctl` are.
     pub bin: PathBuf,
-    /// The demo guest, when the machine is a KVM one.
-    pub guest: Option<PathBuf>,
+    /// The guest, when the machine is a KVM one.
+    pub guest: Option<GuestImage>,
+}
+
+/// What a KVM machine boots.
+#[derive(Clone, Debug)]
+pub struct GuestImage {
+    /// A PVH ELF: the demo guest, unless somebody brings another that speaks Redis's protocol, such as Linux with a Redis server.
+    pub kernel: PathBuf,
+    /// What it is given to begin with.
+    pub initrd: Option<PathBuf>,
+    /// Words for its command line, behind those that the demo guest needs.
+    pub cmdline: String,
+    /// How long it may take to boot.
+    pub boot_limit: Duration,
+}
+
+impl GuestImage {
+    /// The demo guest, which starts at once.
+    fn demo(kernel: PathBuf) -> Self {
+        Self { kernel, initrd: None, cmdline: String::new(), boot_limit: Duration::ZERO }
+    }
+
+    /// What `FT_GUEST`, `FT_GUEST_INITRD`, `FT_GUEST_CMDLINE` and `FT_GUEST_BOOT` (seconds) say; nothing without the first.
+    fn from_env() -> Result<Option<Self>> {
+        let Some(kernel) = std::env::var_os("FT_GUEST") else { return Ok(None) };
+        let text = |name: &str| match std::env::var(name) {
+            Ok(text) => Ok(text),
+            Err(std::env::VarError::NotPresent) => Ok(String::new()),
+            Err(error) => Err(Error::answer(name, error.to_string())),
+        };
+        let boot = text("FT_GUEST_BOOT")?;
+        let seconds = if boot.is_empty() { Ok(0) } else { boot.parse() };
+        let boot_limit =
+            seconds.map(Duration::from_secs).map_err(|e| Error::answer("FT_GUEST_BOOT", format!("{boot:?}: {e}")))?;
+        let initrd = std::env::var_os("FT_GUEST_INITRD").map(PathBuf::from);
+        Ok(Some(Self { initrd, cmdline: text("FT_GUEST_CMDLINE")?, boot_limit, ..Self::demo(kernel.into()) }))
+    }
 }
 
 impl Artifacts {
     /// Builds what is needed for `machine`, telling `progress` about each step. With `FT_BIN_DIR` set, the programs are taken
-    /// from there as they are; with `FT_GUEST` set, likewise the image.
+    /// from there as they are; with `FT_GUEST` set, likewise the image (and what [`GuestImage`] has beside it).
     pub fn build(machine: MachineKind, mut progress: impl FnMut(&str)) -> Result<Self> {
         let bin = match std::env::var_os("FT_BIN_DIR") {
             Some(dir) => PathBuf::from(dir),
@@ -26,12 +63,12 @@ impl Artifacts {
                 build_programs()?
             }
         };
-        let guest = match (machine, std::env::var_os("FT_GUEST")) {
+        let guest = match (machine, GuestImage::from_env()?) {
             (MachineKind::Model, _) => None,
-            (MachineKind::Kvm, Some(image)) => Some(PathBuf::from(image)),
+            (MachineKind::Kvm, Some(image)) => Some(image),
             (MachineKind::Kvm, None) => {
                 progress("building the demo guest");
-                Some(build_guest()?)
+                Some(GuestImage::demo(build_guest()?))
             }
         };
         Ok(Self { bin, guest })

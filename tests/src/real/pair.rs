@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use tempfile::TempDir;
 
-use super::artifacts::Artifacts;
+use super::artifacts::{Artifacts, GuestImage};
 use super::client::{Writer, WriterConfig};
 use super::daemon::{self, Daemon};
 use super::events::{self, Event};
@@ -109,7 +109,7 @@ impl Pair {
             }
         }
         let config = dir.path().join("pair.toml");
-        let text = config_text(dir.path(), artifacts.guest.as_deref(), options);
+        let text = config_text(dir.path(), artifacts.guest.as_ref(), options);
         fs::write(&config, text).map_err(Error::io(format!("cannot write {}", config.display())))?;
         Ok(Self { a: None, b: None, network, artifacts, dir, config, env: Vec::new() })
     }
@@ -365,8 +365,9 @@ impl Pair {
         Status::parse(&said.stdout)
     }
 
-    /// Connects to the guest and waits for its PONG, trying again until `limit`.
+    /// Connects to the guest and waits for its PONG, trying again until `limit`, or as long as a guest may boot that somebody brought.
     pub fn wait_guest(&self, limit: Duration) -> Result<Connection> {
+        let limit = self.artifacts.guest.as_ref().map_or(limit, |guest| limit.max(guest.boot_limit));
         let deadline = Instant::now() + limit;
         loop {
             let tried = Connection::open(self.network.client(), Duration::from_secs(2)).and_then(|mut connection| {
@@ -446,18 +447,21 @@ fn image_path(dir: &Path, node: Node, disk: usize) -> PathBuf {
 }
 
 /// `pair.toml` for two hosts in namespaces.
-fn config_text(dir: &Path, guest: Option<&Path>, options: &PairOptions) -> String {
+fn config_text(dir: &Path, guest: Option<&GuestImage>, options: &PairOptions) -> String {
     let PairOptions { machine, memory, vcpus, epoch, cmdline, disks, arbiter, extra, disk_space: _, files: _ } =
         options;
     let epoch: String = epoch.split_whitespace().map(epoch_line).collect();
     let mac = GUEST_MAC.map(|byte| format!("{byte:02x}")).join(":");
-    let kernel = guest.map_or(String::new(), |path| format!("kernel = {:?}\n", path.display().to_string()));
+    let path = |key: &str, path: &Path| format!("{key} = {:?}\n", path.display().to_string());
+    let kernel = guest.map_or(String::new(), |guest| path("kernel", &guest.kernel));
+    let initrd = guest.and_then(|guest| guest.initrd.as_deref()).map_or(String::new(), |file| path("initrd", file));
+    let brought = guest.map_or("", |guest| guest.cmdline.as_str());
     let at = dir.display();
     let file = || format!("[arbiter]\nkind = \"file\"\npath = \"{at}/arbiter.json\"\n");
     let arbiter = arbiter.clone().unwrap_or_else(file);
     let mut text = format!(
         "[vm]\nname = \"demo\"\nid = \"0d5e0f7a-6b0e-4c55-9a0c-77000a10ca5e\"\nmachine = \"{machine}\"\nmemory = \"{memory}\"\nvcpus = {vcpus}\n\
-         {kernel}cmdline = \"ip={GUEST_IP}/24 gw=10.77.0.1 port={GUEST_PORT} {cmdline}\"\nmac = \"{mac}\"\n\n\
+         {kernel}{initrd}cmdline = \"ip={GUEST_IP}/24 gw=10.77.0.1 port={GUEST_PORT} {cmdline} {brought}\"\nmac = \"{mac}\"\n\n\
          [epoch]\n{epoch}\n\
          {arbiter}\n\
          # The replication link is a wire between two namespaces of one machine.\n[link]\ninsecure_lab = true\n\n"
