@@ -26,6 +26,9 @@ pub(super) struct Args {
     /// Time between two checkpoints, or what they are to achieve: `latency=2ms`, `overhead=10%`.
     #[arg(long, default_value = "25ms")]
     pub(super) epoch: String,
+    /// Another guest that speaks Redis's protocol than the demo guest: a PVH ELF, or a directory that `examples/linux-guest/build` made.
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["dirty_rate", "disk"])]
+    pub(super) guest: Option<PathBuf>,
     /// Guest memory.
     #[arg(long, default_value = "256MiB")]
     pub(super) memory: String,
@@ -84,6 +87,10 @@ impl Args {
         let args = Self::try_parse()?;
         if args.arbiter_pause.is_some() && args.arbiter != Arbiter::Etcd {
             let text = "--arbiter-pause needs --arbiter etcd: a file cannot be paused";
+            return Err(Self::command().error(ErrorKind::ArgumentConflict, text));
+        }
+        if args.guest.is_some() && args.machine == Machine::Model {
+            let text = "--guest needs --machine kvm: the model boots nothing";
             return Err(Self::command().error(ErrorKind::ArgumentConflict, text));
         }
         Ok(args)

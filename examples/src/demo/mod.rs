@@ -53,7 +53,10 @@ fn demo(args: &Args) -> Result<bool, DemoError> {
     host::check(args)?;
     let screen = Screen::new();
     screen.banner(args);
-    let artifacts = screen.during("building", |step| Artifacts::build(args.machine.into(), step))?;
+    let artifacts = screen.during("building", |step| match &args.guest {
+        Some(guest) => Artifacts::build_with(args.machine.into(), Some(guest), step),
+        None => Artifacts::build(args.machine.into(), step),
+    })?;
     let interrupt = Interrupt::install()?;
     if args.keep {
         return keep::keep(args, artifacts, &screen, &interrupt).map(|()| true);

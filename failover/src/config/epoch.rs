@@ -11,7 +11,8 @@ use super::{PairConfig, Percent};
 /// Checkpoints on their way at one time: enough to hide a round trip, few enough that an overload lengthens epochs soon.
 pub const EPOCHS_IN_FLIGHT: u8 = 8;
 /// What it is when the file says nothing: the clock, whose rhythm does not depend on what the guest does.
-const DEFAULT_INTERVAL: Duration = Duration::from_millis(25);
+/// A client hardly notices it, and most links and hosts can keep it.
+const DEFAULT_LATENCY: Duration = Duration::from_millis(2);
 const SECOND: Duration = Duration::from_secs(1);
 /// Long enough for a burst, or for what a base leaves behind on a slow link.
 const DEFAULT_PATIENCE: Duration = Duration::from_secs(5);
@@ -127,7 +128,7 @@ pub struct EpochSection {
 impl Default for EpochSection {
     fn default() -> Self {
         Self {
-            pace: EpochPace::Fixed(DEFAULT_INTERVAL),
+            pace: EpochPace::Latency(DEFAULT_LATENCY),
             in_flight: EPOCHS_IN_FLIGHT,
             ram_digest: false,
             hot_pages: true,

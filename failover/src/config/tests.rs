@@ -82,7 +82,7 @@ fn an_epoch_has_one_target_and_shows_it() {
     let pace = |lines: &str| parse(&format!("{GOOD}[epoch]\n{lines}")).map(|config| (config.epoch.pace, config));
     let ms = Duration::from_millis;
     let cases = [
-        ("", EpochPace::Fixed(ms(25)), "one every 25ms"),
+        ("", EpochPace::Latency(ms(2)), "at most 2ms"),
         ("latency = \"5ms\"\n", EpochPace::Latency(ms(5)), "at most 5ms"),
         ("interval = \"25ms\"\n", EpochPace::Fixed(ms(25)), "one every 25ms"),
         ("overhead = \"10%\"\n", EpochPace::Overhead(Percent(10)), "at most 10% of the guest's time"),

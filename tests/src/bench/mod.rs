@@ -7,6 +7,7 @@
 //! * [`tracking`]: the ways to know which pages were written, on a plain KVM VM
 //! * [`epochs`]: what many checkpoints a second cost the guest
 //! * [`latency`], [`throughput`]: what clients notice, unprotected, with fixed epochs and with such as follow the work
+//! * [`linux`]: the same load on Linux with a Redis server
 //! * [`strategies`]: the ways to capture, by what the guest and its clients notice
 //! * [`wire`]: what checkpoints cost on the wire, by what changed
 //! * [`failover`]: the gap that a client sees, part by part
@@ -24,6 +25,7 @@ pub mod failover;
 pub mod figures;
 pub mod floor;
 pub mod latency;
+pub mod linux;
 pub mod pairs;
 pub mod pause;
 mod plots;

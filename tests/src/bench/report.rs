@@ -10,7 +10,7 @@ use serde::de::DeserializeOwned;
 use super::plots;
 use super::table::{Findings, of_targets};
 use super::{
-    BenchError, base, disk, epochs, failover, host, latency, pause, qemu, strategies, throughput, tracking, wire,
+    BenchError, base, disk, epochs, failover, host, latency, linux, pause, qemu, strategies, throughput, tracking, wire,
 };
 
 /// A file that says in so many lines what was measured.
@@ -37,7 +37,7 @@ struct Rendered {
     chart: Option<String>,
 }
 
-const STEPS: [Step; 11] = [
+const STEPS: [Step; 12] = [
     Step {
         name: pause::Report::NAME,
         full: "--runs 5 --samples 200",
@@ -73,6 +73,12 @@ const STEPS: [Step; 11] = [
         full: "--rounds 5",
         quick: "--rounds 1 --seconds 1 --fixed 10ms,25ms,100ms",
         render: |json, out| rendered(json, out, Some(|report: &throughput::Report| plots::throughput(report))),
+    },
+    Step {
+        name: linux::Report::NAME,
+        full: "--rounds 5",
+        quick: "--rounds 1 --seconds 1",
+        render: |json, out| rendered::<linux::Report>(json, out, None),
     },
     Step {
         name: strategies::Report::NAME,

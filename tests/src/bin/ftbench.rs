@@ -10,7 +10,8 @@ use tests::bench::epochs::Case;
 use tests::bench::pairs::Mode;
 use tests::bench::table::Findings;
 use tests::bench::{
-    base, disk, epochs, failover, latency, pause, processors, qemu, report, strategies, throughput, tracking, wire,
+    base, disk, epochs, failover, latency, linux, pause, processors, qemu, report, strategies, throughput, tracking,
+    wire,
 };
 use tests::machine::demo_guest;
 use tests::real::MachineKind;
@@ -117,6 +118,27 @@ enum What {
         loads: Vec<throughput::Load>,
         /// About how long each run takes.
         #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=60))]
+        seconds: u64,
+    },
+    /// The same with Linux and a Redis server in it as the guest.
+    Linux {
+        /// What `examples/linux-guest/build` made.
+        #[arg(long, default_value = "target/linux-guest")]
+        image: PathBuf,
+        /// Epochs of a fixed length.
+        #[arg(long, value_delimiter = ',', default_value = "25ms")]
+        fixed: Vec<String>,
+        /// Epochs that follow the work: `latency=2ms`, `overhead=10%`.
+        #[arg(long, value_delimiter = ',', default_value = "overhead=10%")]
+        adaptive: Vec<String>,
+        /// Rounds, each with every mode and a boot for each.
+        #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
+        rounds: u32,
+        /// Loads, as for `throughput`.
+        #[arg(long, value_delimiter = ',', default_value = "10x16,10x1")]
+        loads: Vec<throughput::Load>,
+        /// About how long each run takes.
+        #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=60))]
         seconds: u64,
     },
     /// The ways to capture (`[epoch] capture`) side by side: pause, latency, throughput, at several rates of dirtying.
@@ -322,6 +344,11 @@ fn with_pairs(what: What, built: &Artifacts, json: Option<PathBuf>) -> anyhow::R
             let plan =
                 throughput::Plan { modes: Mode::compared(&fixed, &adaptive), rounds, loads, span: span(seconds) };
             tell(&throughput::run(&plan, built, progress)?, json)
+        }
+        What::Linux { image, fixed, adaptive, rounds, loads, seconds } => {
+            let plan =
+                throughput::Plan { modes: Mode::compared(&fixed, &adaptive), rounds, loads, span: span(seconds) };
+            tell(&linux::run(&plan, built, &image, progress)?, json)
         }
         What::Strategies { strategies, rates, buffer_pages, epoch, seconds, rounds } => {
             let (span, dirty_rates) = (span(seconds), rates);

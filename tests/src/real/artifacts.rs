@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 use std::{fs, io};
 
@@ -29,46 +30,56 @@ pub struct GuestImage {
     pub boot_limit: Duration,
 }
 
-impl GuestImage {
-    /// The demo guest, which starts at once.
-    fn demo(kernel: PathBuf) -> Self {
-        Self { kernel, initrd: None, cmdline: String::new(), boot_limit: Duration::ZERO }
-    }
+/// How long a Linux guest may take to boot where its kernel is emulated.
+const LINUX_BOOT_LIMIT: Duration = Duration::from_secs(300);
 
-    /// What `FT_GUEST`, `FT_GUEST_INITRD`, `FT_GUEST_CMDLINE` and `FT_GUEST_BOOT` (seconds) say; nothing without the first.
-    fn from_env() -> Result<Option<Self>> {
-        let Some(kernel) = std::env::var_os("FT_GUEST") else { return Ok(None) };
-        let text = |name: &str| match std::env::var(name) {
-            Ok(text) => Ok(text),
-            Err(std::env::VarError::NotPresent) => Ok(String::new()),
-            Err(error) => Err(Error::answer(name, error.to_string())),
-        };
-        let boot = text("FT_GUEST_BOOT")?;
-        let seconds = if boot.is_empty() { Ok(0) } else { boot.parse() };
-        let boot_limit =
-            seconds.map(Duration::from_secs).map_err(|e| Error::answer("FT_GUEST_BOOT", format!("{boot:?}: {e}")))?;
-        let initrd = std::env::var_os("FT_GUEST_INITRD").map(PathBuf::from);
-        Ok(Some(Self { initrd, cmdline: text("FT_GUEST_CMDLINE")?, boot_limit, ..Self::demo(kernel.into()) }))
+impl GuestImage {
+    /// A PVH ELF that needs nothing else and starts at once, as the demo guest does; or a directory as `examples/linux-guest/build` makes it, with
+    /// `vmlinux`, `initrd` and `cmdline`.
+    ///
+    /// # Errors
+    /// There is no such file, or its command line cannot be read.
+    pub fn open(path: &Path) -> Result<Self> {
+        // What is relative in pair.toml is so to pair.toml.
+        let path = path.canonicalize().map_err(Error::io(format!("no guest in {}", path.display())))?;
+        if !path.is_dir() {
+            return Ok(Self { kernel: path, initrd: None, cmdline: String::new(), boot_limit: Duration::ZERO });
+        }
+        let cmdline = path.join("cmdline");
+        let text = fs::read_to_string(&cmdline).map_err(Error::io(format!("cannot read {}", cmdline.display())))?;
+        Ok(Self {
+            kernel: path.join("vmlinux"),
+            initrd: Some(path.join("initrd")),
+            cmdline: text.trim().to_owned(),
+            boot_limit: LINUX_BOOT_LIMIT,
+        })
     }
 }
 
 impl Artifacts {
     /// Builds what is needed for `machine`, telling `progress` about each step. With `FT_BIN_DIR` set, the programs are taken
-    /// from there as they are; with `FT_GUEST` set, likewise the image (and what [`GuestImage`] has beside it).
-    pub fn build(machine: MachineKind, mut progress: impl FnMut(&str)) -> Result<Self> {
+    /// from there as they are; with `FT_GUEST` set, likewise the image ([`GuestImage::open`]).
+    pub fn build(machine: MachineKind, progress: impl FnMut(&str)) -> Result<Self> {
+        Self::build_with(machine, std::env::var_os("FT_GUEST").map(PathBuf::from).as_deref(), progress)
+    }
+
+    /// The same with this guest; the demo guest is built when there is none.
+    pub fn build_with(machine: MachineKind, guest: Option<&Path>, mut progress: impl FnMut(&str)) -> Result<Self> {
         let bin = match std::env::var_os("FT_BIN_DIR") {
             Some(dir) => PathBuf::from(dir),
             None => {
+                static BUILT: Built = Built::new();
                 progress("building ft-primary, ft-backup and ftctl");
-                build_programs()?
+                BUILT.once(build_programs)?
             }
         };
-        let guest = match (machine, GuestImage::from_env()?) {
+        let guest = match (machine, guest) {
             (MachineKind::Model, _) => None,
-            (MachineKind::Kvm, Some(image)) => Some(image),
+            (MachineKind::Kvm, Some(image)) => Some(GuestImage::open(image)?),
             (MachineKind::Kvm, None) => {
+                static BUILT: Built = Built::new();
                 progress("building the demo guest");
-                Some(GuestImage::demo(build_guest()?))
+                Some(GuestImage::open(&BUILT.once(build_guest)?)?)
             }
         };
         Ok(Self { bin, guest })
@@ -77,35 +88,12 @@ impl Artifacts {
     /// The same with the failpoints in `ft-primary` and `ft-backup`. They are built beside the ordinary ones and share all dependencies
     /// with them; their directory is one further down.
     pub fn build_failpoints(machine: MachineKind, progress: impl FnMut(&str)) -> Result<Self> {
+        static BUILT: Built = Built::new();
         let plain = Self::build(machine, progress)?;
-        let bin = plain.bin.join("failpoints");
-        if std::env::var_os("FT_BIN_DIR").is_some() {
-            return Ok(Self { bin, ..plain });
-        }
-        let target = plain.bin.parent().unwrap_or(&plain.bin);
-        let mut command = cargo();
-        command.args(["build", "--quiet", "-p", "primary", "-p", "backup"]);
-        command.args(["--features", "primary/failpoints,backup/failpoints"]);
-        command.args(["--bin", "ft-primary-failpoints", "--bin", "ft-backup-failpoints"]);
-        if !cfg!(debug_assertions) {
-            command.arg("--release");
-        }
-        command.arg("--target-dir").arg(target);
-        run(command)?;
-        fs::create_dir_all(&bin).map_err(Error::io(format!("cannot make {}", bin.display())))?;
-        let names =
-            [("ft-primary-failpoints", "ft-primary"), ("ft-backup-failpoints", "ft-backup"), ("ftctl", "ftctl")];
-        for (from, to) in names {
-            let to = bin.join(to);
-            match fs::remove_file(&to) {
-                Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                    return Err(Error::io(format!("cannot replace {}", to.display()))(e));
-                }
-                _ => {}
-            }
-            // Hard links: a program finds its sibling beside the name that it was started under.
-            fs::hard_link(plain.bin.join(from), &to).map_err(Error::io(format!("cannot make {}", to.display())))?;
-        }
+        let bin = match std::env::var_os("FT_BIN_DIR") {
+            Some(_) => plain.bin.join("failpoints"),
+            None => BUILT.once(|| build_failpoints(&plain.bin))?,
+        };
         Ok(Self { bin, ..plain })
     }
 
@@ -136,6 +124,26 @@ impl Artifacts {
 pub fn workspace() -> PathBuf {
     let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
     tests.parent().map_or_else(|| tests.to_path_buf(), Path::to_path_buf)
+}
+
+/// What this process has built: everybody in it wants the same, and what somebody uses is not replaced.
+struct Built(Mutex<Option<PathBuf>>);
+
+impl Built {
+    const fn new() -> Self {
+        Self(Mutex::new(None))
+    }
+
+    /// A build that failed is tried again by the next who wants it; others wait for one that is under way.
+    fn once(&self, build: impl FnOnce() -> Result<PathBuf>) -> Result<PathBuf> {
+        let mut built = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(path) = &*built {
+            return Ok(path.clone());
+        }
+        let path = build()?;
+        *built = Some(path.clone());
+        Ok(path)
+    }
 }
 
 /// Builds with the profile that the caller was built with, into the directory where the caller is, so that nothing is built twice.
@@ -174,6 +182,34 @@ pub(crate) fn build_guest() -> Result<PathBuf> {
         .map(|place| target.join(place))
         .find(|path| path.is_file())
         .ok_or_else(|| Error::answer(target.display().to_string(), "the build left no guest-kv there"))
+}
+
+/// Builds the programs with failpoints beside the ordinary ones in `plain`, and gives them the same names in a directory of their own.
+fn build_failpoints(plain: &Path) -> Result<PathBuf> {
+    let bin = plain.join("failpoints");
+    let mut command = cargo();
+    command.args(["build", "--quiet", "-p", "primary", "-p", "backup"]);
+    command.args(["--features", "primary/failpoints,backup/failpoints"]);
+    command.args(["--bin", "ft-primary-failpoints", "--bin", "ft-backup-failpoints"]);
+    if !cfg!(debug_assertions) {
+        command.arg("--release");
+    }
+    command.arg("--target-dir").arg(plain.parent().unwrap_or(plain));
+    run(command)?;
+    fs::create_dir_all(&bin).map_err(Error::io(format!("cannot make {}", bin.display())))?;
+    let names = [("ft-primary-failpoints", "ft-primary"), ("ft-backup-failpoints", "ft-backup"), ("ftctl", "ftctl")];
+    for (from, to) in names {
+        let to = bin.join(to);
+        match fs::remove_file(&to) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                return Err(Error::io(format!("cannot replace {}", to.display()))(e));
+            }
+            _ => {}
+        }
+        // Hard links: a program finds its sibling beside the name that it was started under.
+        fs::hard_link(plain.join(from), &to).map_err(Error::io(format!("cannot make {}", to.display())))?;
+    }
+    Ok(bin)
 }
 
 fn cargo() -> Command {

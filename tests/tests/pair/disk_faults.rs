@@ -7,7 +7,7 @@ use std::cell::Cell;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -29,15 +29,7 @@ const BLOCKS: u64 = DISK_BYTES / 4096;
 const SMALL: u64 = 256 << 10;
 
 fn play(name: &str, test: impl FnOnce(&mut Scene) -> Result<()>) {
-    // One build for all: cargo would let them wait for each other anyway.
-    static BUILT: OnceLock<Artifacts> = OnceLock::new();
-    let build = || {
-        let built = BUILT.get_or_init(|| {
-            Artifacts::build_failpoints(MachineKind::Model, |_| {}).unwrap_or_else(|error| panic!("{error}"))
-        });
-        Ok(built.clone())
-    };
-    play_with(MachineKind::Model, name, build, test);
+    play_with(MachineKind::Model, name, || Artifacts::build_failpoints(MachineKind::Model, |_| {}), test);
 }
 
 fn options(scene: &Scene) -> PairOptions {
