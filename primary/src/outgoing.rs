@@ -43,8 +43,9 @@ impl Outgoing {
     /// # Errors
     /// As the socket's; [`io::ErrorKind::WriteZero`] if it takes nothing and does not say why.
     pub fn write_to(&mut self, socket: &mut impl Write) -> io::Result<usize> {
-        let slices: Vec<IoSlice<'_>> = self.frames.iter().map(|frame| IoSlice::new(frame)).collect();
-        let taken = socket.write_vectored(&slices)?;
+        let mut slices = [IoSlice::new(&[]); FRAMES_AT_ONCE];
+        slices.iter_mut().zip(&self.frames).for_each(|(slice, frame)| *slice = IoSlice::new(frame));
+        let taken = socket.write_vectored(&slices[..self.frames.len()])?;
         if taken == 0 {
             return Err(io::ErrorKind::WriteZero.into());
         }
