@@ -67,6 +67,8 @@ pub(super) struct Stage {
     pub(super) rights: Rights,
     tails: [Tail; 2],
     alive: [bool; 2],
+    /// Told to end, and not ended yet.
+    ending: [bool; 2],
     deeds: [Deeds; 2],
     cut: Vec<Wire>,
     switched: bool,
@@ -113,6 +115,7 @@ impl Stage {
             rights: Rights::default(),
             tails,
             alive: [true; 2],
+            ending: [false; 2],
             deeds: [Deeds::default(); 2],
             cut: Vec::new(),
             switched: false,
@@ -207,6 +210,7 @@ impl Stage {
             Act::End(node) => {
                 self.deeds[at(node)].ended = true;
                 self.signal(node, Signal::TERM)?;
+                self.ending[at(node)] = self.lives(node)?;
             }
             Act::Start(node, program) => {
                 if !self.lives(node)? {
@@ -285,6 +289,7 @@ impl Stage {
     fn start(&mut self, node: Node, program: &str) -> Result<()> {
         start(&mut self.pair, &mut self.rng, node, program)?;
         self.alive[at(node)] = true;
+        self.ending[at(node)] = false;
         self.deeds[at(node)].stopped = false;
         Ok(())
     }
@@ -319,6 +324,7 @@ impl Stage {
         }
         let Some(status) = self.pair.daemon(node).ended()? else { return Ok(true) };
         self.alive[at(node)] = false;
+        self.ending[at(node)] = false;
         if self.accounts_for(node, status)? {
             return Ok(false);
         }
@@ -391,7 +397,9 @@ impl Stage {
             }
             for owner in Node::BOTH {
                 let together = states[at(owner)] == "protected" && states[at(owner.peer())] == "in_sync";
-                if together && lives == [true; 2] && self.says_so(owner) {
+                // Whoever is about to end may say so for a moment more.
+                let stays = lives == [true; 2] && self.ending == [false; 2];
+                if together && stays && self.says_so(owner) {
                     self.reap_switchovers()?;
                     return Ok(Settled::Protected(owner));
                 }
