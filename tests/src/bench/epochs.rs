@@ -22,7 +22,7 @@ const WARM_UP: Duration = Duration::from_secs(2);
 /// How often the owner is asked how many epochs are in flight.
 const LOOK: Duration = Duration::from_secs(1);
 /// Interval of the cases with a thousand a second, in microseconds: a little less than a millisecond, so that a thousand are held and not just missed.
-const OFTEN_US: u32 = 980;
+const OFTEN_US: u32 = 950;
 /// Interval of the case with forty a second.
 const SELDOM_US: u32 = 25_000;
 
