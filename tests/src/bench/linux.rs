@@ -44,8 +44,9 @@ impl Findings for Report {
         tables
     }
 
+    /// None: a guest that its host slows down meets any.
     fn targets(&self) -> Vec<Target> {
-        self.throughput.targets()
+        Vec::new()
     }
 }
 
