@@ -179,6 +179,15 @@ mod tests {
         bits.words().first().map_or(0, |(_, word)| *word)
     }
 
+    /// Bits at random, the same for one seed.
+    fn noise(seed: u64) -> impl FnMut() -> u64 {
+        let mut state = seed;
+        move || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            state >> 24
+        }
+    }
+
     /// A log whose cleared bits come back when their page is written, as KVM's.
     #[derive(Default)]
     struct Log(u64);
@@ -221,13 +230,8 @@ mod tests {
     /// Faults and copies, an epoch, of 64 pages each of which is written in so many of a hundred epochs.
     fn costs(percent: u64) -> (f64, f64) {
         const EPOCHS: u32 = 4_000;
-        let mut state = 11u64;
-        let mut written = || {
-            (0..64).fold(0, |word, page| {
-                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-                word | u64::from((state >> 33) % 100 < percent) << page
-            })
-        };
+        let mut noise = noise(11);
+        let mut written = || (0..64).fold(0, |word, page| word | u64::from(noise() % 100 < percent) << page);
         let (mut log, mut hot, mut faults, mut copies) = (Log::default(), HotPages::default(), 0, 0);
         for _ in 0..EPOCHS {
             let written = written();
@@ -253,11 +257,7 @@ mod tests {
 
     #[test]
     fn every_written_page_is_in_the_set_of_its_epoch() {
-        let mut state = 5u64;
-        let mut noise = || {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            state >> 24
-        };
+        let mut noise = noise(5);
         let (mut log, mut hot, mut seen_hot) = (Log::default(), HotPages::default(), 0);
         let mut busy = 0;
         for epoch in 0..20_000 {
@@ -274,11 +274,7 @@ mod tests {
     /// A log of which a part is taken before the epoch ends: nothing is missed, hot pages stay hot, and what is taken early is learned from.
     #[test]
     fn what_is_taken_early_is_cold_and_counts() {
-        let mut state = 7u64;
-        let mut noise = || {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            state >> 24
-        };
+        let mut noise = noise(7);
         let (mut log, mut hot) = (Log::default(), HotPages::default());
         let (busy, mut seen_hot, mut seen_early) = (0xff, 0, 0);
         for epoch in 0..20_000u32 {

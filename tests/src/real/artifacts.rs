@@ -77,9 +77,8 @@ impl Artifacts {
             (MachineKind::Model, _) => None,
             (MachineKind::Kvm, Some(image)) => Some(GuestImage::open(image)?),
             (MachineKind::Kvm, None) => {
-                static BUILT: Built = Built::new();
                 progress("building the demo guest");
-                Some(GuestImage::open(&BUILT.once(build_guest)?)?)
+                Some(GuestImage::open(&build_guest()?)?)
             }
         };
         Ok(Self { bin, guest })
@@ -170,6 +169,11 @@ fn build_programs() -> Result<PathBuf> {
 
 /// Builds the demo guest's workspace into its own target directory.
 pub(crate) fn build_guest() -> Result<PathBuf> {
+    static BUILT: Built = Built::new();
+    BUILT.once(build_guest_anew)
+}
+
+fn build_guest_anew() -> Result<PathBuf> {
     let root = workspace().join("examples/guest-kv");
     let target = root.join("target");
     let mut command = cargo();
