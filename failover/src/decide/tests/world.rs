@@ -104,6 +104,8 @@ pub(super) struct World {
     pub(super) cold_start: ColdStart,
     pub(super) rejoin: Rejoin,
     pub(super) promotions: Vec<(Generation, u64)>,
+    /// Generations that began with a boot, each with no memory of what was before: a lineage of its own.
+    boots: BTreeSet<Generation>,
     events: BTreeMap<(Duration, u64), Event>,
     sequence: u64,
     permits: BTreeSet<Generation>,
@@ -153,6 +155,7 @@ impl World {
             cold_start: ColdStart::Owner,
             rejoin: Rejoin::default(),
             promotions: vec![],
+            boots: BTreeSet::new(),
             events: BTreeMap::new(),
             sequence: 0,
             permits: BTreeSet::new(),
@@ -447,9 +450,9 @@ impl World {
         }
         self.nodes[at].released = epoch;
         self.releases.push((generation, epoch));
-        for (promoted, from) in &self.promotions {
+        for (promoted, from) in self.of_lineage(generation, &self.promotions) {
             assert!(
-                *promoted <= generation || epoch <= *from || self.forced,
+                promoted <= generation || epoch <= from || self.forced,
                 "generation {generation} let out epoch {epoch} after generation {promoted} went on from epoch {from}"
             );
         }
@@ -483,9 +486,7 @@ impl World {
                 self.nodes[at].persisted = generation;
             }
             Action::BootGuest(permit) => {
-                // A new lineage: nothing of an older one may leave any more.
-                self.releases.clear();
-                self.promotions = vec![(permit.generation(), 0)];
+                self.boots.insert(permit.generation());
                 self.run_guest(at, &permit, 0);
             }
             Action::Activate(permit) => {
@@ -578,11 +579,18 @@ impl World {
         self.nodes[at].released = from;
     }
 
+    /// Those that belong to the lineage of `generation`. An owner that stood still may let out what the backup acknowledged even after
+    /// that backup took over, died and booted anew (R8 bounds how late): output of another lineage, to be held against that one alone.
+    fn of_lineage(&self, generation: Generation, all: &[(Generation, u64)]) -> impl Iterator<Item = (Generation, u64)> {
+        let lineage = |of: Generation| self.boots.range(..=of).next_back();
+        all.iter().copied().filter(move |(of, _)| lineage(*of) == lineage(generation))
+    }
+
     fn promoted(&mut self, permit: &crate::RunPermit, from: u64) {
         let generation = permit.generation();
         if !self.forced {
-            for (released, epoch) in &self.releases {
-                assert!(*epoch <= from, "promoted from epoch {from}, but generation {released} let out epoch {epoch}");
+            for (released, epoch) in self.of_lineage(generation, &self.releases) {
+                assert!(epoch <= from, "promoted from epoch {from}, but generation {released} let out epoch {epoch}");
             }
         }
         self.promotions.push((generation, from));
