@@ -11,7 +11,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded};
-use rustix::fs::Mode;
+use rustix::fs::{Mode, chmod};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
 
 use super::{ErrorCode, FailoverMode, LineRead, MAX_LINE_BYTES, Reply, Request, read_line};
 use crate::decide::{Command, CommandOutcome};
@@ -19,6 +20,10 @@ use crate::exit::ExitCode;
 use crate::status::StatusBoard;
 use crate::text::harmless;
 
+/// Its user and its group.
+const MODE: Mode = Mode::from_raw_mode(0o660);
+/// Clients that wait to be accepted; more wait to connect.
+const BACKLOG: i32 = 128;
 /// Clients at a time.
 const MAX_CLIENTS: usize = 16;
 /// A client that sends nothing for this long is let go.
@@ -130,7 +135,7 @@ impl ControlServer {
         wake: impl Fn() + Send + Sync + 'static,
     ) -> Result<Self, ControlError> {
         let io = |cause: io::Error| ControlError::Io { place: path.display().to_string(), cause };
-        let listener = listen(path)?;
+        let listener = open(path)?;
         let shared = Arc::new(Shared {
             board,
             commands,
@@ -162,7 +167,7 @@ impl std::fmt::Debug for ControlServer {
     }
 }
 
-fn listen(path: &Path) -> Result<UnixListener, ControlError> {
+fn open(path: &Path) -> Result<UnixListener, ControlError> {
     let place = path.display().to_string();
     let io = |cause: io::Error| ControlError::Io { place: place.clone(), cause };
     if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
@@ -180,13 +185,20 @@ fn listen(path: &Path) -> Result<UnixListener, ControlError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(io(error)),
     }
-    // Created with its final mode: there is no moment in which others could connect.
-    let before = rustix::process::umask(Mode::from_raw_mode(0o117));
-    let bound = UnixListener::bind(path);
-    rustix::process::umask(before);
-    bound.map_err(
-        |error| if error.kind() == io::ErrorKind::AddrInUse { ControlError::InUse(place.clone()) } else { io(error) },
-    )
+    bound(path).map_err(|cause| match cause.kind() {
+        io::ErrorKind::AddrInUse => ControlError::InUse(place.clone()),
+        _ => io(cause),
+    })
+}
+
+/// Nobody can connect before it listens, and it has its mode by then. (A umask would do for the file what this does, but it is the whole
+/// process's: files that other threads make at the same moment would get it, too.)
+fn bound(path: &Path) -> io::Result<UnixListener> {
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    bind(&socket, &SocketAddrUnix::new(path)?)?;
+    chmod(path, MODE)?;
+    listen(&socket, BACKLOG)?;
+    Ok(UnixListener::from(socket))
 }
 
 /// Counts a client for as long as it lives.

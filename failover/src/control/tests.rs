@@ -167,6 +167,32 @@ fn only_its_user_may_connect() {
     assert_eq!(mode & 0o777, 0o660);
 }
 
+/// The mode of the socket must not come from something that all threads share.
+#[test]
+fn files_made_while_a_socket_is_opened_keep_their_mode() {
+    let directory = tempfile::tempdir().unwrap();
+    let mode = |name: &str| {
+        let path = directory.path().join(name);
+        fs::write(&path, "").unwrap();
+        fs::metadata(path).unwrap().permissions().mode()
+    };
+    let usual = mode("first");
+    let (tell, told) = bounded::<()>(0);
+    let opening = std::thread::spawn(move || {
+        for _ in 0..300 {
+            drop(Scene::new());
+        }
+        drop(tell);
+    });
+    let mut made = 0_u64;
+    while told.try_recv() != Err(crossbeam::channel::TryRecvError::Disconnected) {
+        assert_eq!(mode(&made.to_string()), usual);
+        made += 1;
+    }
+    opening.join().unwrap();
+    assert!(made > 0);
+}
+
 #[test]
 fn a_stale_socket_is_replaced_a_living_one_and_other_files_are_not() {
     let mut scene = Scene::new();
