@@ -2,9 +2,12 @@
 //!
 //! A set bit is *unsure* until it is on stable storage. It is *held* when some change of its block may be in no epoch's log; otherwise its
 //! *last* epoch is known, and when the other side holds that epoch durably the bit may go.
+//!
+//! When it goes is a matter of time, not of epochs, of which a second may have a thousand or none.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
+use std::time::Duration;
 
 use super::blocks::BlockSet;
 use super::{Epoch, Point};
@@ -12,12 +15,12 @@ use super::{Epoch, Point};
 /// Blocks whose bits lie in one sector of the file.
 pub const BLOCKS_PER_SECTOR: u64 = 512 * 8;
 
-/// A block that changed less than so many epochs ago keeps its bit: it will change again, and clearing it would cost a sync at that.
-const QUIET_EPOCHS: u64 = 40;
-/// Moving the base costs two syncs: it is worth it for so many bits,
-const MANY_BLOCKS: usize = 256;
-/// or for any bit after so many epochs.
-const LAZY_EPOCHS: u64 = 400;
+/// A block that changed a shorter time ago keeps its bit: it will change again, and clearing it would cost a sync at that.
+pub const QUIET: Duration = Duration::from_secs(1);
+/// Moving the base costs two syncs: it is worth it for so many bits (64 MiB, of which a synchronisation would compare every block),
+const MANY_BLOCKS: usize = 1024;
+/// or when some bit could have gone for so long.
+const LAZY: Duration = Duration::from_secs(10);
 
 /// Bits and what is known of them, see the module.
 #[derive(Clone, Debug)]
@@ -31,7 +34,18 @@ pub struct Book {
     stale: BTreeSet<u64>,
     base: Option<Point>,
     newest: Epoch,
-    look_at: Epoch,
+    looks: Looks,
+}
+
+/// When it was looked what may be cleared, and what was durable then.
+#[derive(Clone, Debug, Default)]
+struct Looks {
+    /// The other side held this on stable storage at the last look.
+    last: Option<(Duration, Epoch)>,
+    /// And this at the one before: blocks that did not change since are quiet.
+    quiet: Epoch,
+    /// Since this look something could be cleared and was not.
+    waiting: Option<Duration>,
 }
 
 impl Book {
@@ -45,7 +59,7 @@ impl Book {
             stale: BTreeSet::new(),
             base,
             newest: Epoch(0),
-            look_at: Epoch(0),
+            looks: Looks::default(),
         }
     }
 
@@ -133,34 +147,49 @@ impl Book {
             }
         }
         self.newest = self.newest.max(epoch);
-        self.look_at = Epoch(0);
     }
 
-    /// Whether moving the base to `durable`, which the other side holds on stable storage, is worth its syncs. Cheap most of the time.
-    pub fn is_due(&mut self, durable: Point) -> bool {
+    /// Whether moving the base to `durable`, which the other side holds on stable storage, is worth its syncs; asked at each such acknowledgement,
+    /// `now` since any fixed moment. Cheap most of the time.
+    pub fn is_due(&mut self, durable: Point, now: Duration) -> bool {
         self.newest = self.newest.max(durable.epoch);
-        let base = match self.base {
-            Some(base) if base.generation == durable.generation => base.epoch,
-            // Another generation than that of the base: after a synchronisation, once.
+        let other_generation = match self.base {
             Some(base) if base.generation > durable.generation => return false,
-            _ => return true,
+            Some(base) if base.generation == durable.generation && durable.epoch <= base.epoch => return false,
+            Some(base) => base.generation < durable.generation,
+            None => true,
         };
-        if durable.epoch <= base || durable.epoch < self.look_at {
+        // After a synchronisation the base moves at once.
+        self.look(durable.epoch, now) || other_generation
+    }
+
+    /// Whether it is worth it for what is clearable.
+    fn look(&mut self, durable: Epoch, now: Duration) -> bool {
+        match self.looks.last {
+            Some((at, _)) if now < at + QUIET => return false,
+            Some((_, then)) => self.looks.quiet = then,
+            None => {}
+        }
+        self.looks.last = Some((now, durable));
+        let clearable = self.clearable(durable).take(MANY_BLOCKS).count();
+        if clearable == 0 {
+            self.looks.waiting = None;
             return false;
         }
-        self.look_at = Epoch(durable.epoch.0.saturating_add(QUIET_EPOCHS / 2));
-        let clearable = self.clearable(durable.epoch).count();
-        clearable >= MANY_BLOCKS || clearable > 0 && durable.epoch.0 - base.0 >= LAZY_EPOCHS
+        let waiting = *self.looks.waiting.get_or_insert(now);
+        clearable >= MANY_BLOCKS || now >= waiting + LAZY
     }
 
     fn clearable(&self, durable: Epoch) -> impl Iterator<Item = u64> + '_ {
-        let quiet = move |last: Epoch| last.0.saturating_add(QUIET_EPOCHS) <= durable.0;
-        self.last.iter().filter(move |(_, last)| quiet(**last)).map(|(block, _)| *block)
+        // `durable` may be what an earlier look found.
+        let until = durable.min(self.looks.quiet);
+        self.last.iter().filter(move |(_, last)| **last <= until).map(|(block, _)| *block)
     }
 
     /// The base has moved, on stable storage, to what the other side holds durably; the image is synced at least that far. Bits go.
     pub fn base_moved(&mut self, durable: Point) {
         self.base = Some(durable);
+        self.looks.waiting = None;
         let gone: Vec<u64> = self.clearable(durable.epoch).filter(|block| !self.unsure.contains(block)).collect();
         for block in gone {
             self.last.remove(&block);
@@ -180,7 +209,7 @@ impl Book {
         let gone: Vec<u64> =
             self.bits.iter().filter(|block| !self.fresh.contains(block) && !self.unsure.contains(block)).collect();
         gone.into_iter().for_each(|block| self.clear(block));
-        self.look_at = Epoch(0);
+        self.looks = Looks::default();
     }
 
     fn clear(&mut self, block: u64) {
@@ -220,8 +249,8 @@ mod tests {
     /// What a block went through, remembered in full.
     #[derive(Clone, Debug, Default)]
     struct Naive {
-        /// Epochs of changes in the log since the bit was set.
-        logged: Vec<u64>,
+        /// Epochs of changes in the log since the bit was set, and when they were made.
+        logged: Vec<(u64, Duration)>,
         /// Some change may be in no log.
         held: bool,
         /// Announced and not changed since.
@@ -234,7 +263,9 @@ mod tests {
         ChangeUnlogged(u64),
         Announce(u64),
         Seal(u64),
+        /// What is durable lags so many epochs behind.
         Durable(u64),
+        Time(Duration),
         Hold,
         Cover,
         Raise(u64),
@@ -248,6 +279,7 @@ mod tests {
             2 => (0..BLOCKS).prop_map(Step::Announce),
             6 => (1_u64..60).prop_map(Step::Seal),
             6 => (0_u64..80).prop_map(Step::Durable),
+            4 => (0_u64..1500).prop_map(|ms| Step::Time(Duration::from_millis(ms))),
             1 => Just(Step::Hold),
             1 => Just(Step::Cover),
             1 => (0..BLOCKS).prop_map(Step::Raise),
@@ -270,7 +302,7 @@ mod tests {
         fn bits_are_cleared_when_everything_is_durable_and_only_then(steps in prop::collection::vec(step(), 1..120)) {
             let mut book = Book::new(BlockSet::none(BLOCKS), Some(point(0)));
             let mut naive = vec![Naive::default(); 6];
-            let mut running = 1;
+            let (mut running, mut now) = (1, Duration::from_secs(50));
             for step in steps {
                 let before = book.bits().clone();
                 match step {
@@ -283,7 +315,7 @@ mod tests {
                         settle(&mut book);
                         prop_assert!(book.touch(block..block + 1, logged.then_some(Epoch(running))));
                         n.coming = false;
-                        if logged { n.logged.push(running) } else { n.held = true }
+                        if logged { n.logged.push((running, now)) } else { n.held = true }
                     }
                     Step::Announce(block) => {
                         book.announce(block..block + 1);
@@ -293,18 +325,20 @@ mod tests {
                     Step::Seal(epochs) => running += epochs,
                     Step::Durable(behind) => {
                         let durable = running.saturating_sub(1 + behind);
-                        if durable > 0 && book.is_due(point(durable)) {
+                        // An acknowledgement that was on its way for longer than another is no worse for it.
+                        if durable > 0 && book.is_due(point(running - 1), now) | book.is_due(point(durable), now) {
                             book.base_moved(point(durable));
                         }
                         for block in 0..BLOCKS {
                             let n = &mut naive[usize::try_from(block).unwrap()];
                             if before.contains(block) && !book.bits().contains(block) {
                                 prop_assert!(!n.held && !n.coming, "block {} is held", block);
-                                prop_assert!(n.logged.iter().all(|e| e + QUIET_EPOCHS <= durable), "block {} at {}", block, durable);
+                                prop_assert!(n.logged.iter().all(|(e, at)| *e <= durable && *at + QUIET <= now), "block {} at {}", block, durable);
                                 *n = Naive::default();
                             }
                         }
                     }
+                    Step::Time(span) => now += span,
                     Step::Hold => {
                         book.hold();
                         naive.iter_mut().for_each(|n| (n.held, n.coming) = (true, false));
@@ -313,7 +347,7 @@ mod tests {
                         book.cover(Epoch(running));
                         for n in naive.iter_mut().filter(|n| !n.coming) {
                             n.held = false;
-                            n.logged.push(running);
+                            n.logged.push((running, now));
                         }
                     }
                     Step::Raise(block) => {
@@ -350,28 +384,64 @@ mod tests {
                 return Ok(());
             }
             book.cover(Epoch(running));
-            let end = point(running + 10 * LAZY_EPOCHS);
-            prop_assert!(book.bits().is_empty() || book.is_due(end));
-            book.base_moved(end);
-            prop_assert!(book.bits().is_empty());
+            for _ in 0..40 {
+                (running, now) = (running + 1, now + QUIET / 2);
+                if book.is_due(point(running), now) {
+                    book.base_moved(point(running));
+                }
+            }
+            prop_assert!(book.bits().is_empty(), "{LAZY:?} and some looks are over");
+        }
+    }
+
+    /// Epochs a second are no measure: the same block, at 40 a second and at 1,000.
+    #[test]
+    fn a_hot_block_keeps_its_bit_and_costs_no_sync() {
+        for epoch_ms in [25, 1] {
+            let mut book = Book::new(BlockSet::none(BLOCKS), Some(point(1)));
+            for epoch in 2..40_000 {
+                let now = Duration::from_millis(epoch * epoch_ms);
+                // Each 0.9 s, that is.
+                if epoch == 2 || epoch % (900 / epoch_ms) == 0 {
+                    book.announce(0..1);
+                    if epoch == 2 {
+                        settle(&mut book);
+                    }
+                    assert!(book.touch(0..1, Some(Epoch(epoch))), "epoch {epoch}");
+                }
+                assert!(!book.is_due(point(epoch - 1), now), "epoch {epoch}");
+            }
         }
     }
 
     #[test]
-    fn a_hot_block_keeps_its_bit_and_costs_no_sync() {
-        let mut book = Book::new(BlockSet::none(BLOCKS), Some(point(1)));
-        let mut moves = 0;
-        for epoch in 2..4000 {
-            book.announce(0..1);
-            if epoch == 2 {
-                settle(&mut book);
-            }
-            assert!(book.touch(0..1, Some(Epoch(epoch))), "epoch {epoch}");
-            if book.is_due(point(epoch - 1)) {
-                book.base_moved(point(epoch - 1));
-                moves += 1;
-            }
+    fn quiet_blocks_go_soon_when_they_are_many_and_late_when_they_are_few() {
+        let many = u64::try_from(MANY_BLOCKS).unwrap();
+        for (blocks, seconds) in [(many, 1..=2), (many - 1, 11..=12)] {
+            let mut book = Book::new(BlockSet::none(many), Some(point(1)));
+            book.announce(0..blocks);
+            settle(&mut book);
+            assert!(book.touch(0..blocks, Some(Epoch(2))));
+            let due = (0..).find(|ms| book.is_due(point(2 + ms), Duration::from_millis(*ms))).unwrap();
+            assert!(seconds.contains(&due.div_ceil(1000)), "{blocks}: {due} ms");
+            book.base_moved(point(2 + due));
+            assert!(book.bits().is_empty());
         }
-        assert_eq!(moves, 0);
+    }
+
+    /// The thread that moves the base may be late, and what it was told of stale.
+    #[test]
+    fn a_late_move_clears_only_what_was_durable_when_it_was_ordered() {
+        let mut book = Book::new(BlockSet::none(BLOCKS), Some(point(1)));
+        for (block, epoch) in [(0, 2), (1, 7)] {
+            book.announce(block..block + 1);
+            settle(&mut book);
+            assert!(book.touch(block..block + 1, Some(Epoch(epoch))));
+        }
+        for second in 0..20 {
+            book.is_due(point(10 + second), Duration::from_secs(second));
+        }
+        book.base_moved(point(6));
+        assert!(!book.bits().contains(0) && book.bits().contains(1));
     }
 }

@@ -17,6 +17,7 @@ use std::collections::BTreeSet;
 use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use replication_proto::Incarnation;
 use replication_proto::mutant::{self, Mutant};
@@ -184,10 +185,10 @@ impl DirtyMap {
     }
 
     /// The other side holds `point` on stable storage. True when [`Self::tidy`] is worth its syncs. Cheap; called at every such
-    /// acknowledgement.
-    pub fn durable(&self, point: Point) -> bool {
+    /// acknowledgement, `now` since any fixed moment.
+    pub fn durable(&self, point: Point, now: Duration) -> bool {
         let mut state = self.lock();
-        !state.taken && !state.distrusted && state.book.is_due(point)
+        !state.taken && !state.distrusted && state.book.is_due(point, now)
     }
 
     /// Moves the base to `point`, which the other side holds on stable storage, and clears bits. Syncs the image: not on a thread that

@@ -3,12 +3,13 @@
 use std::path::Path;
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use replication_proto::VmId;
 use vmm::disk::DiskImage;
 
 use super::*;
+use crate::disk::book::QUIET;
 use crate::disk::testing::{Dice, Fault, LossyStorage, Power};
 use crate::disk::{BLOCK_BYTES, Generation};
 
@@ -58,6 +59,8 @@ struct World {
     /// No earlier epoch's durability counts: what was held then travelled with this one.
     covered_at: Option<u64>,
     durable: u64,
+    /// Of the acknowledgements.
+    clock: Duration,
     values: u64,
     /// There was a base, and nobody has asked to forget it.
     has_base: bool,
@@ -92,6 +95,7 @@ impl World {
             logged: false,
             covered_at: None,
             durable: 0,
+            clock: Duration::ZERO,
             values: 0,
             has_base: false,
             half_forgotten: false,
@@ -191,7 +195,8 @@ impl World {
                 let last = self.running() - 1;
                 if self.covered_at.is_some() && first <= last {
                     self.durable = first + self.dice.below(last - first + 1);
-                    if self.map().durable(point(self.durable)) {
+                    self.clock += QUIET * u32::try_from(self.dice.below(8)).unwrap_or(0);
+                    if self.map().durable(point(self.durable), self.clock) {
                         self.map().tidy(point(self.durable))?;
                     }
                 }
@@ -399,7 +404,9 @@ fn an_image_that_cannot_be_synced_is_trusted_in_nothing() {
     assert!(map.tidy(point(2)).is_err());
     disk.set_fault(None);
     assert_eq!(map.base(), None);
-    assert!(!map.durable(point(900)) && map.tidy(point(900)).is_err() && map.reset(point(900)).is_err());
+    assert!(
+        !map.durable(point(900), Duration::ZERO) && map.tidy(point(900)).is_err() && map.reset(point(900)).is_err()
+    );
     map.mark(block(1)).unwrap();
     drop(map);
     let map = DirtyMap::open_or_create(file as _, image(&disk), identity(BYTES), ME).unwrap();

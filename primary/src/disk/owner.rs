@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use crossbeam::channel::{Sender, bounded};
 use vmm::disk::Disk;
@@ -150,9 +151,9 @@ impl OwnerDisks {
         self.disks.iter().for_each(|disk| disk.map().cover(epoch));
     }
 
-    /// The other side holds `point` on stable storage. Cheap; when it is worth it (which is returned), bits are cleared by the thread.
-    pub fn durable(&self, point: Point) -> bool {
-        let due = self.disks.iter().filter(|disk| disk.map().durable(point)).count() > 0;
+    /// The other side holds `point` on stable storage; `now` since any fixed moment. Cheap; when it is worth it (which is returned), bits are cleared by the thread.
+    pub fn durable(&self, point: Point, now: Duration) -> bool {
+        let due = self.disks.iter().filter(|disk| disk.map().durable(point, now)).count() > 0;
         if let (true, Some((tell, _))) = (due, &self.keeper) {
             // When it is still at the last one, a later acknowledgement serves as well.
             tell.try_send(point).ok();

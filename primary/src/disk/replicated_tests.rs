@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::atomic::AtomicUsize;
+use std::time::Duration;
 
 use replication_proto::{Incarnation, VmId};
 use vmm::disk::{DiskImage, Storage};
@@ -143,7 +144,7 @@ fn a_change_whose_outcome_cannot_be_read_is_told_and_its_bits_stay() {
     assert_eq!(rig.owner.seal(Epoch(2)).changes, []);
     rig.put(0, &[2; 512]).unwrap();
     for epoch in [3, 2000, 9000] {
-        rig.owner.durable(point(epoch));
+        rig.owner.durable(point(epoch), Duration::from_secs(epoch));
         rig.disk().map().tidy(point(epoch)).unwrap();
     }
     assert!(rig.disk().map().dirty().contains(0), "until a synchronisation has looked at it");
@@ -196,11 +197,11 @@ fn bits_go_by_themselves_when_the_other_side_holds_their_changes() {
     rig.owner.cover(Epoch(3));
     rig.owner.seal(Epoch(3));
     assert!(rig.owner.still_ours().unwrap());
-    let end = std::time::Instant::now() + std::time::Duration::from_secs(30);
+    let end = std::time::Instant::now() + Duration::from_secs(30);
     let mut epoch = 3;
     while !rig.owner.dirty()[0].1.is_empty() {
         epoch += 10;
-        rig.owner.durable(point(epoch));
+        rig.owner.durable(point(epoch), Duration::from_secs(epoch));
         assert!(std::time::Instant::now() < end);
         std::thread::yield_now();
     }

@@ -286,7 +286,7 @@ impl Owner {
             StreamEvent::Verified(epoch, found) => self.host.verifier.found(*epoch, found),
             StreamEvent::Durable(epoch) => {
                 let generation = self.host.identity().generation;
-                self.host.disks.owner.durable(Point { generation, epoch: *epoch });
+                self.host.disks.owner.durable(Point { generation, epoch: *epoch }, self.host.clock.now());
             }
             StreamEvent::Committed(_) | StreamEvent::Heard | StreamEvent::Wanted(_) => {}
         }

@@ -49,6 +49,8 @@ pub struct Owner {
     pub held: Vec<(u64, Snapshot)>,
     /// The other side holds this on stable storage, and bits may go.
     pub durable: Option<Point>,
+    /// When that was looked at last.
+    pub looked: Duration,
     /// What is due before the first change is not done.
     pub unprepared: bool,
 }
@@ -150,6 +152,7 @@ impl Owner {
             trusted: false,
             held: Vec::new(),
             durable: None,
+            looked: Duration::ZERO,
             unprepared,
         }
     }

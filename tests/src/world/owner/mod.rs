@@ -270,7 +270,7 @@ impl OwnerPart {
                 }
                 for epoch in durable {
                     let generation = base.decider.identity().generation;
-                    if self.parts.disks.durable(Point { generation, epoch }) {
+                    if self.parts.disks.durable(Point { generation, epoch }, Duration::from_nanos(env.now)) {
                         let at = env.now + env.disk_delay();
                         env.at(at, Event::Tidy(base.who, generation, epoch));
                     }
