@@ -23,6 +23,9 @@ pub fn become_backup(config: &Path, node: &str, role: Role) -> io::Error {
     if role == Role::Primary {
         command.arg("--may-boot");
     }
+    // What was armed from the start was for this life.
+    #[cfg(feature = "failpoints")]
+    command.env_remove("FAILPOINTS");
     let error = command.exec();
     io::Error::new(error.kind(), format!("cannot become {}: {error}", program.display()))
 }

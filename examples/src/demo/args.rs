@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use ::tests::real::MachineKind;
+use ::tests::real::pair::DEFAULT_EPOCH;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, ValueEnum};
 use failover::config::{parse_size, parse_span};
@@ -23,8 +24,8 @@ pub(super) struct Args {
     /// What the guest is made of; `model` needs no KVM.
     #[arg(long, value_enum, default_value_t = Machine::Kvm)]
     pub(super) machine: Machine,
-    /// Time between two checkpoints, or what they are to achieve: `latency=2ms`, `overhead=10%`.
-    #[arg(long, default_value = "25ms")]
+    /// Time between two checkpoints (`25ms`), or what they are to achieve: `latency=2ms`, `overhead=10%`.
+    #[arg(long, default_value = DEFAULT_EPOCH)]
     pub(super) epoch: String,
     /// Another guest that speaks Redis's protocol than the demo guest: a PVH ELF, or a directory that `examples/linux-guest/build` made.
     #[arg(long, value_name = "PATH", conflicts_with_all = ["dirty_rate", "disk"])]

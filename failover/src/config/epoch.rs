@@ -10,8 +10,7 @@ use super::{PairConfig, Percent};
 
 /// Checkpoints on their way at one time: enough to hide a round trip, few enough that an overload lengthens epochs soon.
 pub const EPOCHS_IN_FLIGHT: u8 = 8;
-/// What it is when the file says nothing: the clock, whose rhythm does not depend on what the guest does.
-/// A client hardly notices it, and most links and hosts can keep it.
+/// What it is when the file says nothing: what clients wait for. Measured, it is better than a clock in every figure (docs/performance.md).
 const DEFAULT_LATENCY: Duration = Duration::from_millis(2);
 const SECOND: Duration = Duration::from_secs(1);
 /// Long enough for a burst, or for what a base leaves behind on a slow link.

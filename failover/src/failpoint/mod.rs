@@ -3,7 +3,8 @@
 //! The list below is the only one: tests walk it, and fail when a point of it is never passed. Without the feature `failpoints` the macro
 //! [`failpoint!`](crate::failpoint) is empty, and nothing of this is in the programs. With it, a process takes orders from its environment:
 //!
-//! * `FAILPOINTS="name=action[@n];…"`: what is armed from the start; `n`: on the n-th pass, and on that one only (1 if not said).
+//! * `FAILPOINTS="name=action[@n];…"`: what is armed from the start; `n`: on the n-th pass, and on that one only (1 if not said). A process that
+//!   begins anew as a backup does not inherit it.
 //! * `FAILPOINTS_DIR`: a directory with a FIFO `NODE.orders`, made by whoever gives orders, that takes further lines of the same kind while the process
 //!   runs, and a file `NODE.log` to which the process adds what happened; `NODE` is the word after `--node` on its command line.
 //!

@@ -29,7 +29,7 @@ pub struct Plan {
     pub seconds: u32,
     /// Bytes of the disk.
     pub disk_bytes: u64,
-    /// Time between two checkpoints, as `pair.toml` has it.
+    /// `[epoch]` in words, as [`PairOptions::epoch`].
     pub epoch: String,
     /// Loads whose names contain this.
     pub only: String,
@@ -66,7 +66,7 @@ pub struct Report {
     pub machine: String,
     /// Bytes of the disk.
     pub disk_bytes: u64,
-    /// Time between two checkpoints.
+    /// `[epoch]` in words.
     pub epoch: String,
     /// Runs of each load in each mode.
     pub runs: u32,
@@ -246,7 +246,7 @@ impl Findings for Report {
     fn tables(&self) -> Vec<Table> {
         let Self { machine, disk_bytes, epoch, runs, seconds, .. } = self;
         let title = format!(
-            "a disk of {} MiB without (solo) and with a backup (protected), epochs of {epoch}; {runs} runs of {seconds} s in turn, medians; {machine}",
+            "a disk of {} MiB without (solo) and with a backup (protected), [epoch] {epoch}; {runs} runs of {seconds} s in turn, medians; {machine}",
             disk_bytes >> 20
         );
         let heads = [

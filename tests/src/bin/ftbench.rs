@@ -16,6 +16,7 @@ use tests::bench::{
 use tests::machine::demo_guest;
 use tests::real::MachineKind;
 use tests::real::artifacts::Artifacts;
+use tests::real::pair::DEFAULT_EPOCH;
 use vmm::Tracking;
 
 /// A host of which more is used by others is not quiet.
@@ -178,7 +179,7 @@ enum What {
         #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(..=1_000_000))]
         dirty_rate: u32,
         /// `[epoch]`, as the demo has it.
-        #[arg(long, default_value = "25ms")]
+        #[arg(long, default_value = DEFAULT_EPOCH)]
         epoch: String,
     },
     /// Everything above and below, with tables and plots: what docs/performance.md shows. Takes an hour and a half.
@@ -258,8 +259,8 @@ enum What {
         /// Size of the disk.
         #[arg(long, default_value = "256MiB", value_parser = memory)]
         disk: u64,
-        /// Time between two checkpoints, as in `pair.toml`.
-        #[arg(long, default_value = "25ms")]
+        /// `[epoch]`, as the demo has it.
+        #[arg(long, default_value = DEFAULT_EPOCH)]
         epoch: String,
         /// Only loads whose names contain this.
         #[arg(long, default_value = "")]

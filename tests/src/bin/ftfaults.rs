@@ -11,6 +11,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use tests::real::MachineKind;
 use tests::real::artifacts::Artifacts;
 use tests::real::faults::{Kind, Options, Report, Round, run};
+use tests::real::pair::DEFAULT_EPOCH;
 
 /// Real processes, real faults, a guest under load from several clients: nothing may be lost, and never may two guests speak.
 #[derive(Parser)]
@@ -28,7 +29,7 @@ struct Args {
     #[arg(long, value_enum, default_value = "kvm")]
     machine: Machine,
     /// What is in the pairs' `[epoch]`: an interval, or keys with values such as "latency=2ms capture=copy-on-write precopy=always"
-    #[arg(long, default_value = "25ms")]
+    #[arg(long, default_value = DEFAULT_EPOCH)]
     epoch: String,
     /// Longest time that a fault lasts, in milliseconds
     #[arg(long, default_value_t = 5_000, value_parser = clap::value_parser!(u64).range(700..=60_000))]

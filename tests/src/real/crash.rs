@@ -18,7 +18,7 @@ use replication_proto::{Incarnation, NodeName};
 
 use super::artifacts::Artifacts;
 use super::client::{Ack, Writer, WriterConfig, key, value};
-use super::pair::{Pair, PairOptions};
+use super::pair::{DEFAULT_EPOCH, Pair, PairOptions};
 use super::rng::Rng;
 use super::{Error, MachineKind, Node, Result};
 
@@ -82,7 +82,7 @@ pub fn cut_once(artifacts: &Artifacts, seed: u64) -> Result<Aftermath> {
     let mut rng = Rng::new(seed);
     let options = PairOptions {
         memory: "64MiB".into(),
-        epoch: format!("{}ms", rng.range(5, 30)),
+        epoch: epoch(&mut rng),
         cmdline: "appendfsync=always".into(),
         disks: vec![DISK_BYTES],
         extra: "[limits]\njournal = \"1MiB\"\n".into(),
@@ -120,6 +120,11 @@ pub fn cut_once(artifacts: &Artifacts, seed: u64) -> Result<Aftermath> {
         pair.keep_files();
     }
     Ok(Aftermath { cut, acked: acks.len(), acked_after: acks.len() - before.len(), missing, missing_there })
+}
+
+/// What people run, or a rhythm.
+fn epoch(rng: &mut Rng) -> String {
+    if rng.range(0, 2) == 0 { DEFAULT_EPOCH.into() } else { format!("{}ms", rng.range(5, 30)) }
 }
 
 /// Waits for more acknowledgements; a client that lost its connection has all that it gets.

@@ -30,6 +30,9 @@ const IMAGES: &str = "images";
 /// How long `ftctl` may take.
 const CTL_LIMIT: Duration = Duration::from_secs(20);
 
+/// What the product does when `[epoch]` says nothing, in the words of [`PairOptions::epoch`].
+pub const DEFAULT_EPOCH: &str = "latency=2ms";
+
 /// What the pair is made of.
 #[derive(Clone, Debug)]
 pub struct PairOptions {
@@ -63,7 +66,7 @@ impl PairOptions {
             machine,
             memory: "256MiB".into(),
             vcpus: 1,
-            epoch: "25ms".into(),
+            epoch: DEFAULT_EPOCH.into(),
             cmdline: String::new(),
             disks: Vec::new(),
             disk_space: Vec::new(),
@@ -490,5 +493,23 @@ fn epoch_line(word: &str) -> String {
         format!("{key} = {value}\n")
     } else {
         format!("{key} = {value:?}\n")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use failover::config::PairConfig;
+
+    use super::*;
+
+    #[test]
+    fn the_default_here_is_the_products() {
+        let epoch = |epoch: &str| {
+            let options = PairOptions { epoch: epoch.into(), ..PairOptions::new(MachineKind::Model) };
+            let text = config_text(Path::new("/tmp"), None, &options);
+            PairConfig::parse(&text, "pair.toml", Path::new("/tmp")).map(|config| format!("{:?}", config.epoch))
+        };
+        assert_eq!(epoch(DEFAULT_EPOCH).unwrap(), epoch("").unwrap());
+        assert_ne!(epoch("25ms").unwrap(), epoch("").unwrap());
     }
 }

@@ -142,8 +142,8 @@ fn wrong_configuration(scene: &mut Scene) -> Result<()> {
     let absent = pair.dir().join("absent.toml");
     let cases = [
         ("unknown.toml", "[epoch]", "[epoch]\nfrequency = 7", "frequency"),
-        ("unit.toml", "interval = \"25ms\"", "interval = \"25 parsecs\"", "interval"),
-        ("zero.toml", "interval = \"25ms\"", "interval = \"0ms\"", "interval"),
+        ("unit.toml", "latency = \"2ms\"", "interval = \"25 parsecs\"", "interval"),
+        ("zero.toml", "latency = \"2ms\"", "interval = \"0ms\"", "interval"),
         ("vcpus.toml", "vcpus = 1", "vcpus = 99", "vcpus"),
         ("open.toml", "insecure_lab = true", "insecure_lab = false", "insecure_lab"),
         ("timers.toml", "[epoch]", "[timers]\nsolo = \"900ms\"\n\n[epoch]", "takeover"),

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use tests::on_both_machines;
 use tests::real::faults::{Options, run};
+use tests::real::pair::DEFAULT_EPOCH;
 use tests::real::scene::Scene;
 use tests::real::{MachineKind, Result};
 
@@ -13,10 +14,10 @@ on_both_machines!(faults_one_after_the_other);
 
 /// No history that one guest without failures could not have produced, no two guests, no outage that the failure matrix does not name.
 fn faults_one_after_the_other(scene: &mut Scene) -> Result<()> {
-    // One with epochs that follow the work and pages that are copied in every way, one with all that is the default.
+    // One with pages that are copied in every way, one with all that is the default.
     let (seed, epoch) = match scene.machine() {
         MachineKind::Kvm => (31, "latency=2ms capture=auto precopy=always"),
-        MachineKind::Model => (32, "25ms"),
+        MachineKind::Model => (32, DEFAULT_EPOCH),
     };
     let options = Options {
         machine: scene.machine(),

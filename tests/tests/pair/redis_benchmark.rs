@@ -10,9 +10,10 @@ use std::time::Duration;
 use tests::on_both_machines;
 use tests::real::network::GUEST_IP;
 use tests::real::pair::{Pair, START_LIMIT};
+use tests::real::resp::{Connection, Reply};
 use tests::real::rng::Rng;
 use tests::real::scene::{Scene, tool_wanted};
-use tests::real::{Node, Result, tools};
+use tests::real::{Error, Node, Result, tools};
 
 /// Far more than the default number of requests takes.
 const LIMIT: Duration = Duration::from_secs(240);
@@ -20,13 +21,27 @@ const KINDS: [&str; 6] = ["PING_INLINE", "SET", "GET", "INCR", "LPUSH", "LPOP"];
 
 on_both_machines!(unprotected, protected, primary_killed);
 
-fn requests() -> String {
-    std::env::var("FT_BENCH_N").unwrap_or_else(|_| "1000".into())
+/// What the benchmark counts with its INCRs, the fourth kind of six.
+const COUNTER: &str = "counter:__rand_int__";
+
+fn requests() -> u64 {
+    let asked = std::env::var("FT_BENCH_N").ok();
+    asked.map_or(3000, |number| number.parse().expect("FT_BENCH_N is a number"))
 }
 
 fn benchmark() -> Command {
     let mut command = Command::new("redis-benchmark");
-    command.args(["-h", GUEST_IP, "-t", "ping,set,get,incr,lpush,lpop", "-n", &requests(), "-c", "10", "--csv"]);
+    command.args([
+        "-h",
+        GUEST_IP,
+        "-t",
+        "ping,set,get,incr,lpush,lpop",
+        "-n",
+        &requests().to_string(),
+        "-c",
+        "10",
+        "--csv",
+    ]);
     command
 }
 
@@ -83,12 +98,27 @@ fn primary_killed(scene: &mut Scene) -> Result<()> {
     let child = pair.network().client().spawn(command).map_err(|e| tools::start_error("redis-benchmark", e))?;
     thread::scope(|scope| {
         let finished = scope.spawn(|| tools::finish(child, "redis-benchmark", "", LIMIT));
-        let mut rng = Rng::new(11);
-        thread::sleep(rng.duration(Duration::from_secs(1), Duration::from_secs(3)));
-        assert!(!finished.is_finished(), "the benchmark is over before the kill; raise FT_BENCH_N");
+        let quarter = requests() / 4;
+        wait_counted(pair, Rng::new(11).range(quarter, 3 * quarter))?;
         pair.wait_protected(Node::A, START_LIMIT)?;
         let killed_us = pair.kill(Node::A)?;
+        assert!(!finished.is_finished(), "the benchmark was over before the kill: {} requests are too few", requests());
         pair.wait_event(Node::B, killed_us, Duration::from_secs(10), "takeover", |e| e.event == "activated")?;
         check(finished.join().expect("the benchmark's thread does not panic")?)
     })
+}
+
+/// Waits until the benchmark has come so far with its INCRs.
+fn wait_counted(pair: &Pair, count: u64) -> Result<()> {
+    let mut guest = Connection::open(pair.network().client(), LIMIT)?;
+    loop {
+        let counted = match guest.call(&["GET", COUNTER]).map_err(Error::io("cannot ask for the counter"))? {
+            Reply::Bulk(None) => 0,
+            Reply::Bulk(Some(digits)) => String::from_utf8_lossy(&digits).parse().expect("the guest counts in digits"),
+            other => return Err(Error::answer("GET", format!("{other:?}"))),
+        };
+        if counted >= count {
+            return Ok(());
+        }
+    }
 }
