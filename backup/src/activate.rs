@@ -42,6 +42,8 @@ pub struct Activated {
     pub epoch: Epoch,
     /// Frames of that epoch that were sent again.
     pub resent: usize,
+    /// Frames that were delivered to the guest: to the primary after that epoch, or on this side's taps.
+    pub delivered: usize,
     /// Digest of all of RAM, when the checkpoint carried one.
     pub ram_digest: Option<u128>,
     /// From the permit until the guest ran.
@@ -117,13 +119,14 @@ pub fn activate(
     failpoint!(TakeoverResent => return Err(failpoint::injected().into()));
     // 6. What was said to it since that epoch: to the primary, and on this tap.
     let (_, inbound) = link.close();
-    deliver(&mut *machine, &inbound, taps.stop());
+    let delivered = deliver(&mut *machine, &inbound, taps.stop());
     failpoint!(TakeoverDelivered => return Err(failpoint::injected().into()));
     // 7. Run, on the strength of the permit. Queues count as kicked, pending interrupts are raised again.
     let parts = host.epoch_parts();
     let runner = Runner::start(machine, parts, epoch, (&host.config).into(), host.clock.clone(), tell)?;
     runner.run(permit)?;
-    Ok(Activated { runner, epoch, resent: held.frames.len(), ram_digest, took: began.elapsed() })
+    let resent = held.frames.len();
+    Ok(Activated { runner, epoch, resent, delivered, ram_digest, took: began.elapsed() })
 }
 
 /// Step 3: puts the last committed state into a machine whose memory holds it already. Returns what the guest said in that epoch.
@@ -141,13 +144,16 @@ pub fn restore(machine: &mut dyn Machine, holding: Holding, applied: Applied) ->
     Ok(held)
 }
 
-/// Step 6: frames that reached the guest in epochs that were never committed, then those that `taps` heard, by network device.
-pub fn deliver(machine: &mut dyn Machine, inbound: &Inbound, taps: Vec<(u8, Vec<Vec<u8>>)>) {
+/// Step 6: frames that reached the guest in epochs that were never committed, then those that `taps` heard, by network device. Says how many.
+pub fn deliver(machine: &mut dyn Machine, inbound: &Inbound, taps: Vec<(u8, Vec<Vec<u8>>)>) -> usize {
+    let mut delivered = 0;
     for (nic, heard_here) in taps {
         let mut frames = inbound.of(nic);
         frames.extend(heard_here);
+        delivered += frames.len();
         machine.queue_inbound(nic, frames);
     }
+    delivered
 }
 
 /// Takes a section out that is not the machine's.

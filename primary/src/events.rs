@@ -58,6 +58,8 @@ pub enum Event<'a> {
         epoch: Epoch,
         /// Frames of that epoch that were sent again.
         resent: usize,
+        /// Frames to the guest that were delivered: to its former owner after that epoch, or heard here.
+        delivered: usize,
         /// Digest of all of RAM, when the checkpoint carried one and it was the same.
         #[serde(skip_serializing_if = "Option::is_none")]
         ram_digest: Option<String>,

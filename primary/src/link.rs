@@ -33,8 +33,9 @@ const READ_BUFFER_BYTES: usize = 64 << 10;
 const UNACKNOWLEDGED_MS: u32 = 5_000;
 /// Inbound frames are not told while so many commands wait for the socket.
 const INBOUND_WAITING_MAX: usize = 1_024;
-/// After an inbound frame, others wait so long to be sent together, unless there is something else to send.
-const INBOUND_LINGER: Duration = Duration::from_millis(1);
+/// After an inbound frame, others wait so long to be sent together, unless there is something else to send. What waits is lost with this process, and a client that hears
+/// nothing of all that it sent since the last release sends it again only after 200 ms and more: five times as long as a takeover.
+const INBOUND_LINGER: Duration = Duration::from_micros(250);
 /// So many do not wait.
 const INBOUND_TOGETHER: usize = 64;
 /// Pieces of disks wait before they are handed over while so many bytes of them are not encoded.
@@ -110,7 +111,7 @@ struct Shared {
     running: AtomicU64,
     /// We want no more of this connection, whatever still waits to be sent.
     abandoned: AtomicBool,
-    /// The thread looks for inbound frames by itself before long.
+    /// The thread has been woken for an inbound frame and looks for more by itself before long.
     lingers: AtomicBool,
 }
 
@@ -299,7 +300,7 @@ impl Link {
         self.shared.running.store(epoch.0, Ordering::Release);
     }
 
-    /// Tells the backup of an inbound frame: the first one at once, those that follow closely together. While the link is behind, frames are left to
+    /// Tells the backup of an inbound frame: the first one, and the first after outputs were released, at once; those that follow closely, together. While the link is behind, frames are left to
     /// retransmission.
     pub fn inbound(&self, nic: u8, frame: &[u8]) {
         failpoint!(InboundSend => return);
@@ -398,11 +399,10 @@ impl LinkThread {
             if (all_sent || self.stream.queued_bytes() < ENCODED_BYTES_HIGH) && self.take_command()? {
                 continue;
             }
-            let linger = self.lingers_until.map(|until| until.saturating_duration_since(Instant::now()));
+            let linger = self.lingers();
             if linger == Some(Duration::ZERO) {
                 // Who told of a frame before this did not wake us: one more look.
                 self.shared.lingers.store(false, Ordering::SeqCst);
-                self.lingers_until = None;
                 continue;
             }
             match self.poll.poll(&mut ready, linger) {
@@ -410,6 +410,17 @@ impl LinkThread {
                 other => other?,
             }
         }
+    }
+
+    /// For how long nobody wakes us for an inbound frame; `None`: whoever tells of the next one does.
+    fn lingers(&mut self) -> Option<Duration> {
+        if !self.shared.lingers.load(Ordering::SeqCst) {
+            self.lingers_until = None;
+            return None;
+        }
+        let now = Instant::now();
+        let until = *self.lingers_until.get_or_insert(now + INBOUND_LINGER);
+        Some(until.saturating_duration_since(now))
     }
 
     /// Reads and handles all that has arrived.
@@ -434,6 +445,8 @@ impl LinkThread {
                     self.note_freed(before);
                     if let Some(epoch) = committed {
                         self.bell.committed(epoch.0);
+                        // The first frame after a release goes at once: from it on the conversation can be taken up.
+                        self.shared.lingers.store(false, Ordering::SeqCst);
                     }
                     handled?;
                 }
@@ -490,7 +503,6 @@ impl LinkThread {
                 self.stream.checkpoint(checkpoint)?;
             }
             Ok(Command::Inbound { epoch, nic, frame }) => {
-                self.lingers_until.get_or_insert_with(|| Instant::now() + INBOUND_LINGER);
                 self.stream.inbound(epoch, nic, &frame)?;
             }
             Ok(Command::Goodbye(reason, text)) => {

@@ -335,13 +335,13 @@ impl Waiter {
             told.send(OwnerEvent::Runner(event)).ok();
         });
         match activated {
-            Ok(Activated { runner, epoch, resent, ram_digest, took }) => {
+            Ok(Activated { runner, epoch, resent, delivered, ram_digest, took }) => {
                 let activate_us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
                 let ram_digest = ram_digest.map(|digest| format!("{digest:032x}"));
                 if let Some((heard, still)) = still {
                     host.desk.note_gap(still + heard.elapsed());
                 }
-                host.events.write(&FileEvent::Activated { activate_us, epoch, resent, ram_digest });
+                host.events.write(&FileEvent::Activated { activate_us, epoch, resent, delivered, ram_digest });
                 Owner::new(host, runner, guest, epoch, (tell, events)).run(pending)
             }
             Err(error) => {

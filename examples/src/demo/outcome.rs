@@ -9,6 +9,15 @@ use tests::real::status::Points;
 use super::args::{Arbiter, Kill, Machine};
 use super::run::WORK_AFTER;
 
+/// What the new owner did so that nobody waits for a retransmission.
+#[derive(Clone, Copy)]
+pub(super) struct Frames {
+    /// What the guest had said in the last committed epoch, said once more.
+    pub(super) resent: u64,
+    /// What was said to it after that epoch.
+    pub(super) delivered: u64,
+}
+
 /// Everything that one run found.
 pub(super) struct Outcome {
     pub(super) machine: Machine,
@@ -22,6 +31,7 @@ pub(super) struct Outcome {
     pub(super) moments: Moments,
     /// Duration of the activation alone, as the backup measured it, in microseconds.
     pub(super) activation_us: Option<u64>,
+    pub(super) frames: Option<Frames>,
     /// Generation of the survivor.
     pub(super) generation: Option<u64>,
     /// Begin and end of the longest time without an answer, from the kill on.

@@ -9,7 +9,7 @@ use tests::real::pause::ArbiterPause;
 use tests::real::status::Points;
 
 use super::error::DemoError;
-use super::outcome::{Outcome, ms_between};
+use super::outcome::{Frames, Outcome, ms_between};
 use super::summary::{distributions, percentile};
 
 /// Writes the report of one run or of many.
@@ -44,6 +44,7 @@ fn one(outcome: &Outcome) -> Value {
         "connection_survived": outcome.connection_survived(),
         "failover_ms": parts,
         "process_gone_ms": outcome.moments.gone_us.map(|at| rounded(ms_between(outcome.moments.killed_us, at))),
+        "frames": outcome.frames.map(|Frames { resent, delivered }| json!({ "said_again": resent, "delivered_again": delivered })),
         "epochs": outcome.before.epochs,
         "pause_us": points(outcome.before.pause_us),
         "hold_ms": points(outcome.before.hold_ms),

@@ -16,7 +16,7 @@ use tests::real::{Error, Node, Result};
 use super::args::{Arbiter, Args, Kill};
 use super::error::DemoError;
 use super::interrupt::Interrupt;
-use super::outcome::{Before, Moments, Outcome};
+use super::outcome::{Before, Frames, Moments, Outcome};
 use super::screen::Screen;
 
 /// How long a takeover may take before it counts as none.
@@ -124,6 +124,7 @@ fn story(args: &Args, seed: u64, stage: &mut Stage, screen: &Screen) -> Result<O
         acked_at_kill,
         moments,
         activation_us: took_over.activation_us,
+        frames: took_over.frames,
         generation: took_over.generation,
         silence_us: report.longest_silence(killed_us),
         report,
@@ -201,6 +202,7 @@ struct TookOver {
     granted_us: u64,
     activated_us: u64,
     activation_us: Option<u64>,
+    frames: Option<Frames>,
     generation: Option<u64>,
 }
 
@@ -229,6 +231,7 @@ fn takeover(pair: &mut Pair, writer: &Writer, killed_us: u64) -> Result<TookOver
         granted_us: granted.mono_us,
         activated_us: activated.mono_us,
         activation_us: activated.activate_us,
+        frames: activated.resent.zip(activated.delivered).map(|(resent, delivered)| Frames { resent, delivered }),
         generation: activated.generation.or(granted.generation),
     })
 }

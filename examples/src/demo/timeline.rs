@@ -1,7 +1,7 @@
 //! One run, shown.
 
 use super::args::Kill;
-use super::outcome::{Outcome, ms_between};
+use super::outcome::{Frames, Outcome, ms_between};
 use super::screen::{BAD, BOLD, FAINT, GOOD};
 
 /// Width of the bar that splits the gap, in characters.
@@ -26,12 +26,15 @@ fn timeline(outcome: &Outcome) {
     let generation = outcome.generation.map_or(String::new(), |g| format!(": generation {g}"));
     let took =
         outcome.activation_us.map_or(String::new(), |us| format!(", activated in {:.1} ms", us as f64 / 1_000.0));
+    let again = outcome.frames.map_or(String::new(), |Frames { resent, delivered }| {
+        format!("; {resent} frames of it said again, {delivered} to it delivered again")
+    });
     let mut lines = vec![
         (moments.protected_us, "protected", "b holds the whole guest, output waits for its commits".to_owned()),
         (moments.killed_us, "killed", format!("{how},{epoch} {acked} writes acknowledged so far")),
         (moments.detected_us, "detected", "b misses its peer".to_owned()),
         (moments.granted_us, "granted", format!("the arbiter gives b the right to run{generation}")),
-        (moments.activated_us, "activated", format!("the guest runs on b{took}")),
+        (moments.activated_us, "activated", format!("the guest runs on b{took}{again}")),
     ];
     let first = moments.first_reply_us;
     lines.extend(

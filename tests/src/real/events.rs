@@ -47,6 +47,12 @@ pub struct Event {
     /// Of `activated`: how long activation took, in microseconds.
     #[serde(default)]
     pub activate_us: Option<u64>,
+    /// Of `activated`: frames of the guest that were said again.
+    #[serde(default)]
+    pub resent: Option<u64>,
+    /// Of `activated`: frames to the guest that were delivered.
+    #[serde(default)]
+    pub delivered: Option<u64>,
 }
 
 impl Event {
