@@ -33,8 +33,9 @@ const READ_BUFFER_BYTES: usize = 64 << 10;
 const UNACKNOWLEDGED_MS: u32 = 5_000;
 /// Inbound frames are not told while so many commands wait for the socket.
 const INBOUND_WAITING_MAX: usize = 1_024;
-/// After an inbound frame, others wait so long to be sent together, unless there is something else to send. What waits is lost with this process, and a client that hears
-/// nothing of all that it sent since the last release sends it again only after 200 ms and more: five times as long as a takeover.
+/// After an inbound frame, others wait so long to be sent together, unless there is something else to send. What waits is lost with this
+/// process, and a client that hears nothing of all that it sent since the last release sends it again only after 200 ms and more: five times
+/// as long as a takeover.
 const INBOUND_LINGER: Duration = Duration::from_micros(250);
 /// So many do not wait.
 const INBOUND_TOGETHER: usize = 64;
@@ -300,8 +301,8 @@ impl Link {
         self.shared.running.store(epoch.0, Ordering::Release);
     }
 
-    /// Tells the backup of an inbound frame: the first one, and the first after outputs were released, at once; those that follow closely, together. While the link is behind, frames are left to
-    /// retransmission.
+    /// Tells the backup of an inbound frame: the first one, and the first after outputs were released, at once; those that follow closely,
+    /// together. While the link is behind, frames are left to retransmission.
     pub fn inbound(&self, nic: u8, frame: &[u8]) {
         failpoint!(InboundSend => return);
         let waiting = self.commands.len();

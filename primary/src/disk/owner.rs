@@ -151,7 +151,8 @@ impl OwnerDisks {
         self.disks.iter().for_each(|disk| disk.map().cover(epoch));
     }
 
-    /// The other side holds `point` on stable storage; `now` since any fixed moment. Cheap; when it is worth it (which is returned), bits are cleared by the thread.
+    /// The other side holds `point` on stable storage; `now` since any fixed moment. Cheap; when it is worth it (which is returned), bits are
+    /// cleared by the thread.
     pub fn durable(&self, point: Point, now: Duration) -> bool {
         let due = self.disks.iter().filter(|disk| disk.map().durable(point, now)).count() > 0;
         if let (true, Some((tell, _))) = (due, &self.keeper) {
